@@ -1,0 +1,1 @@
+"""What leaves the runtime: weights and graphs for others to run."""

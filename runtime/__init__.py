@@ -1,0 +1,1 @@
+"""stylemuse: many styles in one forward pass, on masked generative transformers."""

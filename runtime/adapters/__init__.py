@@ -1,0 +1,1 @@
+"""File -> canonical adapter -> slot in the bank."""

@@ -1,0 +1,173 @@
+"""The nouns of the runtime: frozen and validated, and the one error a user can cause."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_PICTURES = 256
+MAX_STEPS = 1000
+MAX_PROMPT = 10_000
+"""Bounds of one request: pictures, decoding steps, characters of a prompt."""
+
+
+class StylemuseError(ValueError):
+    """Anything a user can get wrong (an input, an option, a file): one line, what was given and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One row of a picture's guidance: the network seen through one prompt and one adapter (or none).
+
+    Guidance is a weighted sum of branches: the hidden state at step k is ``sum_b weights_b[k] * hidden_b``, and the
+    weights of a picture's branches sum to 1 at every step.
+
+    Attributes:
+        prompt: the full text this row is conditioned on.
+        style: name of an adapter, or None for the base model.
+        strength: multiplies the adapter's own scale; without effect when ``style`` is None.
+        weights: one per decoding step. At a step where the weight is 0 the branch is not computed.
+    """
+
+    prompt: str
+    style: str | None
+    strength: float
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a style is used: its weight in a blend (what is left of 1 goes to the base), and its adapter's strength."""
+
+    weight: float = 1.0
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (_is_number(self.weight) and self.weight > 0):
+            raise StylemuseError(f"style weight {self.weight!r} is not allowed: above 0, at most 1 in all")
+        if not _is_number(self.strength):
+            raise StylemuseError(f"style strength {self.strength!r} is not allowed: a finite number")
+
+
+class Guidance(Protocol):
+    """A recipe that turns a request into branches; see ``decoding.guidance``."""
+
+    def branches(
+        self, prompt: str, negative_prompt: str, styles: Mapping[str, Style], steps: int, ramp: str = "constant"
+    ) -> tuple[Branch, ...]:
+        """The rows of a request's pictures; their weights sum to 1 at every step."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        steps: decoding steps T.
+        schedule: "amused", "styledrop" or "maskgit".
+        temperature: of the choice which tokens to keep; None is the schedule's own, aMUSEd also takes (first, last).
+        ramp: how guidance grows over the steps: "constant", "linear" (Muse), "after_first" (StyleDrop-PyTorch).
+    """
+
+    steps: int = 12
+    schedule: str = "amused"
+    temperature: float | tuple[float, float] | None = None
+    ramp: str = "constant"
+
+    def __post_init__(self) -> None:
+        _check_count("steps", self.steps, MAX_STEPS)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A job: one prompt, one way of drawing, n pictures.
+
+    Attributes:
+        prompt: what to draw; the style's descriptor is added by the runtime.
+        style: name of an adapter, ``{name: weight or Style}``, or None for the base model.
+        negative_prompt: what to steer away from; empty is the unconditional branch.
+        n: pictures. Picture i has its own seed, derived from ``seed`` and reported back.
+        seed: 0 to 2^63 - 1; None draws one and reports it.
+        sampling, guidance: None takes the style's recommendation, else the model's.
+        size: (width, height) in pixels; None is the model's own.
+        image: a picture to start from; ``strength`` is how much of it is drawn anew, 1.0 masking everything.
+        mask: white where ``image`` is to be drawn anew, black where it stays.
+    """
+
+    prompt: str
+    style: str | Mapping[str, float | Style] | None = None
+    negative_prompt: str = ""
+    n: int = 1
+    seed: int | None = None
+    sampling: Sampling | None = None
+    guidance: Guidance | None = None
+    size: tuple[int, int] | None = None
+    image: Image | None = None
+    strength: float = 1.0
+    mask: Image | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            text = getattr(self, name)
+            if not isinstance(text, str) or len(text) > MAX_PROMPT:
+                raise StylemuseError(f"{name} must be a text of at most {MAX_PROMPT} characters")
+        if not self.prompt.strip():
+            raise StylemuseError("the prompt is empty; say what to draw, for example 'a fox'")
+        _check_count("n", self.n, MAX_PICTURES)
+        if self.seed is not None and not (_is_whole(self.seed) and 0 <= self.seed < 2**63):
+            raise StylemuseError(f"seed {self.seed!r} is not allowed: 0 to 2^63 - 1")
+        if not (_is_number(self.strength) and 0 < self.strength <= 1):
+            raise StylemuseError(f"strength {self.strength!r} is not allowed: above 0, at most 1")
+        if self.image is None and self.mask is not None:
+            raise StylemuseError("a mask needs the image it masks")
+        if self.image is None and self.strength != 1:
+            raise StylemuseError("strength has no effect without an image to start from")
+        if self.size is not None and not (len(self.size) == 2 and all(_is_whole(side) for side in self.size)):
+            raise StylemuseError(f"size {self.size!r} is not allowed: (width, height) in pixels")
+
+    def styles(self) -> dict[str, Style]:
+        """The styles by name, a bare name or number written out."""
+        if self.style is None:
+            return {}
+        if isinstance(self.style, str):
+            return {self.style: Style()}
+        return {name: use if isinstance(use, Style) else Style(use) for name, use in self.style.items()}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a request became.
+
+    Attributes:
+        images: n pictures (PIL, RGB).
+        tokens: (n, h, w) int64, the codes they were decoded from.
+        seeds: the seed of each picture; a request with it and n = 1 draws that picture again.
+        timings: seconds: "text", "condition", "pixels", "total", and per decoding step lists "step", "transformer",
+            "head", "sampling". Requests that ran together share them.
+    """
+
+    images: list[Image]
+    tokens: NDArray[np.int64]
+    seeds: tuple[int, ...]
+    timings: dict[str, Any] = field(repr=False, default_factory=dict)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_count(name: str, value: object, most: int) -> None:
+    if not (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most):
+        raise StylemuseError(f"{name} = {value!r} is not allowed: a whole number from 1 to {most}")

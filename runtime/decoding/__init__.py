@@ -1,0 +1,1 @@
+"""Numbers per step, and the one loop."""

@@ -1,0 +1,64 @@
+"""What to compute on: device and number format, chosen by what the machine has, with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .core import StylemuseError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and in which format a pipeline computes; ``why`` has a sentence for each."""
+
+    device: torch.device
+    dtype: torch.dtype
+    why: dict[str, str]
+
+
+def choose(device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Machine:
+    """The machine to use; what is asked for is taken or refused, never replaced."""
+    chosen, device_why = _device(device)
+    number, dtype_why = _dtype(chosen, dtype)
+    return Machine(chosen, number, {"device": device_why, "dtype": dtype_why})
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware; emulated, bf16 is far slower than fp32."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, check, lambda: False)()) for check in checks)
+
+
+def _device(asked: str | torch.device | None) -> tuple[torch.device, str]:
+    if asked is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda"), "a GPU is there"
+        return torch.device("cpu"), "no GPU is there"
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise StylemuseError(f"device {asked!r} is unknown; allowed: cpu, cuda, cuda:0, ...") from None
+    if device.type not in ("cpu", "cuda"):
+        raise StylemuseError(f"device {asked!r} is not supported; allowed: cpu, cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise StylemuseError(f"device {asked!r} is not on this machine, which has {torch.cuda.device_count()} GPUs")
+    return device, "asked for"
+
+
+def _dtype(device: torch.device, asked: str | torch.dtype | None) -> tuple[torch.dtype, str]:
+    if asked is not None:
+        dtype = DTYPES.get(asked) if isinstance(asked, str) else asked
+        if dtype not in DTYPES.values():
+            raise StylemuseError(f"dtype {asked!r} is not supported; allowed: {', '.join(DTYPES)}")
+        return dtype, "asked for"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU has bf16 tensor cores"
+        return torch.float32, "this GPU has no bf16 tensor cores; fp16 overflows in the VQ decoder"
+    if cpu_has_bf16():
+        return torch.bfloat16, "this CPU has bf16 instructions"
+    return torch.float32, "this CPU has no bf16 instructions"

@@ -1,0 +1,267 @@
+"""aMUSEd's masked transformer: tokens and text in, a distribution over codes at every position out.
+
+    tokens -> embedding -> [halve] conv blocks -> transformer layers -> conv blocks [double] -> head
+
+The network takes no timestep, so a request's text and size leave the same conditioning at every step: `Amused.condition`
+computes it once (keys and values of the text, every scale and shift), `features` is what a step costs, and `readout` and
+`logits` are the head, split where guidance's weighted sum goes. Peer: diffusers ``UVit2DModel``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core import StylemuseError
+from ..kernels.rows import RowAdapters, Site
+from .layers import Conditioning, ConvBlock, Linear, RMSNorm, TextBlock, TransformerLayer, sinusoids
+
+_FIXED: dict[str, Any] = {"use_bias": False, "ln_elementwise_affine": True}
+
+
+@dataclass(frozen=True)
+class AmusedConfig:
+    """Sizes of the transformer, as in ``transformer/config.json``; defaults are amused-256's."""
+
+    hidden_size: int = 1024
+    cond_embed_dim: int = 768
+    micro_cond_encode_dim: int = 256
+    micro_cond_embed_dim: int = 1280
+    encoder_hidden_size: int = 768
+    vocab_size: int = 8256
+    codebook_size: int = 8192
+    in_channels: int = 768
+    block_out_channels: int = 768
+    num_res_blocks: int = 3
+    downsample: bool = False
+    upsample: bool = False
+    block_num_heads: int = 12
+    num_hidden_layers: int = 22
+    num_attention_heads: int = 16
+    intermediate_size: int = 2816
+    layer_norm_eps: float = 1e-6
+    sample_size: int = 16
+
+    @property
+    def mask_id(self) -> int:
+        """The token of a masked position: the last of the vocabulary."""
+        return self.vocab_size - 1
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> AmusedConfig:
+        """From a diffusers config; a variant this class does not compute is an error that names it."""
+        for name, value in _FIXED.items():
+            if config.get(name, value) != value:
+                raise StylemuseError(f"transformer config: {name} = {config[name]!r}; supported: {value!r}")
+        made = cls(**{name: config[name] for name in cls.__dataclass_fields__ if name in config})
+        if made.downsample != made.upsample:
+            raise StylemuseError("transformer config: downsample and upsample must be both true or both false")
+        return made
+
+    def check_grid(self, height: int, width: int) -> None:
+        """Raises for a grid (in tokens) that the network can't process."""
+        if height < 1 or width < 1 or (self.downsample and (height % 2 or width % 2)):
+            need = "even and positive" if self.downsample else "positive"
+            raise StylemuseError(f"a grid of {height} x {width} tokens is impossible here; both sides must be {need}")
+
+    def sites(self) -> dict[str, Site]:
+        """Every linear layer an adapter may change, by its name in the checkpoint, and its place in our fused weights."""
+        table: dict[str, Site] = {}
+
+        def add(module: str, group: str, widths: tuple[int, int], part: int = 0, parts: int = 1) -> None:
+            table[module] = Site(group=group, part=part, parts=parts, inputs=widths[0], outputs=widths[1])
+
+        def text_attention(name: str, width: int) -> None:
+            add(f"{name}.to_q", f"{name}.to_q", (width, width))
+            add(f"{name}.to_k", f"{name}.kv", (width, width), 0, 2)
+            add(f"{name}.to_v", f"{name}.kv", (width, width), 1, 2)
+            add(f"{name}.to_out.0", f"{name}.to_out", (width, width))
+
+        for index in range(self.num_hidden_layers):
+            layer, width = f"transformer_layers.{index}", self.hidden_size
+            for part, letter in enumerate("qkv"):
+                add(f"{layer}.attn1.to_{letter}", f"{layer}.attn1.qkv", (width, width), part, 3)
+            add(f"{layer}.attn1.to_out.0", f"{layer}.attn1.to_out", (width, width))
+            text_attention(f"{layer}.attn2", width)
+            add(f"{layer}.ff.net.0.proj", f"{layer}.ff.up", (width, 2 * self.intermediate_size))
+            add(f"{layer}.ff.net.2", f"{layer}.ff.down", (self.intermediate_size, width))
+        for side in ("down_block", "up_block"):
+            for index in range(self.num_res_blocks):
+                for attention in ("attn1", "attn2"):
+                    text_attention(f"{side}.attention_blocks.{index}.{attention}", self.block_out_channels)
+        return table
+
+    def bottleneck_sites(self) -> dict[str, int]:
+        """Places of StyleDrop's bottlenecks and their width: after each layer's text attention and after its MLP."""
+        layers = range(self.num_hidden_layers)
+        return {f"transformer_layers.{i}.{place}": self.hidden_size for i in layers for place in ("attn2", "ff")}
+
+
+class Embedding(nn.Module):
+    """Token -> embedding -> norm -> 1x1 convolution: a function of the token alone, so a table once weights rest."""
+
+    def __init__(self, config: AmusedConfig) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(config.vocab_size, config.in_channels)
+        nn.init.normal_(self.embeddings.weight, std=0.5)
+        self.layer_norm = RMSNorm(config.in_channels, config.layer_norm_eps)
+        self.conv = nn.Conv2d(config.in_channels, config.block_out_channels, 1, bias=False)
+        self._table: Tensor | None = None
+
+    def rest(self) -> None:
+        """Make the table; call it again when the weights or their place have changed."""
+        self._table = self._compute().detach()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        table = self._compute() if self._table is None or self.training else self._table
+        return F.embedding(tokens, table)
+
+    def _compute(self) -> Tensor:
+        return F.linear(self.layer_norm(self.embeddings.weight), self.conv.weight.flatten(1))
+
+
+class Condition(nn.Module):
+    """Pooled text and micro-conditions (R, P) -> the condition vector (R, D), by an MLP."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = Linear("cond_embed.linear_1", inputs, width)
+        self.linear_2 = Linear("cond_embed.linear_2", width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class Resample(nn.Module):
+    """Norm, then a 2x2 convolution of stride 2 (halving) or its transpose (doubling), over the grid."""
+
+    def __init__(self, width: int, epsilon: float, *, double: bool) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width, epsilon)
+        kind = nn.ConvTranspose2d if double else nn.Conv2d
+        self.conv = kind(width, width, 2, stride=2, bias=False)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.conv(self.norm(x).unflatten(1, grid).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class ConvStage(nn.Module):
+    """The conv and text blocks before or after the transformer layers, at the working resolution."""
+
+    def __init__(self, name: str, config: AmusedConfig, *, double: bool) -> None:
+        super().__init__()
+        width, text = config.block_out_channels, config.hidden_size
+        self.res_blocks = nn.ModuleList(
+            ConvBlock(f"{name}.res_blocks.{i}", width, text, config.layer_norm_eps) for i in range(config.num_res_blocks)
+        )
+        self.attention_blocks = nn.ModuleList(
+            TextBlock(f"{name}.attention_blocks.{i}", width, text, config.block_num_heads)
+            for i in range(config.num_res_blocks)
+        )
+        resampled = config.upsample if double else config.downsample
+        self.resample = Resample(width, config.layer_norm_eps, double=double) if resampled else None
+
+    def condition(self, text: Tensor, activated: Tensor, into: Conditioning, adapters: RowAdapters | None) -> None:
+        """Scales and shifts, keys and values of all blocks."""
+        for convolution, attention in zip(self.res_blocks, self.attention_blocks, strict=True):
+            convolution.cond_embeds_mapper.condition(activated, into)
+            attention.condition(text, into, adapters)
+
+    def forward(
+        self, x: Tensor, grid: tuple[int, int], conditioning: Conditioning, adapters: RowAdapters | None
+    ) -> Tensor:
+        for convolution, attention in zip(self.res_blocks, self.attention_blocks, strict=True):
+            x = attention(convolution(x, grid, conditioning), conditioning, adapters)
+        return x
+
+
+class Head(nn.Module):
+    """1x1 convolution, norm, and the linear layer onto the codes."""
+
+    def __init__(self, config: AmusedConfig) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(config.block_out_channels, config.in_channels, 1, bias=False)
+        self.layer_norm = RMSNorm(config.in_channels, config.layer_norm_eps)
+        self.conv2 = nn.Conv2d(config.in_channels, config.codebook_size, 1, bias=False)
+
+
+class Amused(nn.Module):
+    """The masked transformer; see the module's text."""
+
+    def __init__(self, config: AmusedConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, epsilon = config.hidden_size, config.layer_norm_eps
+        self.encoder_proj = Linear("encoder_proj", config.encoder_hidden_size, width)
+        self.encoder_proj_layer_norm = RMSNorm(width, epsilon)
+        self.cond_embed = Condition(config.micro_cond_embed_dim + config.cond_embed_dim, width)
+        self.embed = Embedding(config)
+        self.down_block = ConvStage("down_block", config, double=False)
+        self.project_to_hidden_norm = RMSNorm(config.block_out_channels, epsilon)
+        self.project_to_hidden = Linear("project_to_hidden", config.block_out_channels, width)
+        self.transformer_layers = nn.ModuleList(
+            TransformerLayer(f"transformer_layers.{i}", width, config.num_attention_heads, config.intermediate_size, epsilon)
+            for i in range(config.num_hidden_layers)
+        )
+        self.project_from_hidden_norm = RMSNorm(width, epsilon)
+        self.project_from_hidden = Linear("project_from_hidden", width, config.block_out_channels)
+        self.up_block = ConvStage("up_block", config, double=True)
+        self.mlm_layer = Head(config)
+
+    def rest(self) -> Amused:
+        """Weights are final: switch to evaluation and make the embedding table."""
+        self.eval()
+        with torch.no_grad():
+            self.embed.rest()
+        return self
+
+    def condition(
+        self, text: Tensor, pooled: Tensor, micro: Tensor, adapters: RowAdapters | None = None
+    ) -> Conditioning:
+        """What a row's text, size and adapter contribute, the same at every step.
+
+        text (R, L, E): the text encoder's features; pooled (R, P); micro (R, 5): width and height in pixels, crop x
+        and y, aesthetic score. Returns tensors with R in front, by block name.
+        """
+        dtype = self.encoder_proj.weight.dtype
+        text = self.encoder_proj_layer_norm(self.encoder_proj(text.to(dtype)))
+        sizes = sinusoids(micro, self.config.micro_cond_encode_dim).flatten(1)
+        vector = self.cond_embed(torch.cat([pooled.to(dtype), sizes.to(dtype)], dim=1))
+        activated = F.silu(vector)
+        made: Conditioning = {}
+        for block in (self.down_block, *self.transformer_layers, self.up_block):
+            block.condition(text, activated, made, adapters)
+        return made
+
+    def features(self, tokens: Tensor, conditioning: Conditioning, adapters: RowAdapters | None = None) -> Tensor:
+        """Tokens (R, h, w) -> features (R, h w, C), before the head: what one decoding step computes for each row."""
+        grid = (tokens.shape[1], tokens.shape[2])
+        x = self.embed(tokens.flatten(1))
+        if self.down_block.resample is not None:
+            x = self.down_block.resample(x, grid)
+            grid = (grid[0] // 2, grid[1] // 2)
+        x = self.down_block(x, grid, conditioning, adapters)
+        x = self.project_to_hidden(self.project_to_hidden_norm(x))
+        for layer in self.transformer_layers:
+            x = layer(x, conditioning, adapters)
+        x = self.project_from_hidden(self.project_from_hidden_norm(x))
+        x = self.up_block(x, grid, conditioning, adapters)
+        return x if self.up_block.resample is None else self.up_block.resample(x, grid)
+
+    def readout(self, features: Tensor) -> Tensor:
+        """Features (M, C) of any positions -> normalized hidden states (M, D), fp32.
+
+        Linear and without bias from here on, so branches are combined here: sum_b w_b head(h_b) = head(sum_b w_b h_b).
+        """
+        head = self.mlm_layer
+        return head.layer_norm(F.linear(features, head.conv1.weight.flatten(1))).float()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (M, D) fp32 -> logits over the codes (M, K), fp32."""
+        weight = self.mlm_layer.conv2.weight.flatten(1)
+        return F.linear(hidden.to(weight.dtype), weight).float()

@@ -1,0 +1,114 @@
+"""The reference backend: the networks in plain torch, as the decoding loop and the pipeline use them.
+
+A `Context` is one row's step-constant part: what a prompt, a size and an adapter slot leave for the loop. Contexts are
+made one at a time, so that what one holds never depends on what was made beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from .adapters.bank import Bank
+from .folder import Networks
+from .kernels.rows import BASE, RowAdapters, RowSlots
+from .machine import Machine
+from .models.layers import Conditioning
+from .models.text import TextOutput
+
+AESTHETIC_SCORE = 6.0
+_PICTURES_AT_ONCE = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What stays the same over the steps for one row: conditioning tensors (1, ...), grid, adapter slot and scale."""
+
+    conditioning: Conditioning
+    grid: tuple[int, int]
+    slot: int
+    scale: float
+
+
+class Reference:
+    """Text, transformer and VQ on one device. Every method is a function of its arguments and of the bank."""
+
+    name = "reference"
+
+    def __init__(self, networks: Networks, machine: Machine, bank: Bank) -> None:
+        self.device, self.dtype, self.bank = machine.device, machine.dtype, bank
+        self.transformer = networks.transformer.to(machine.device, machine.dtype).rest()
+        self.vq = networks.vq.to(machine.device, machine.dtype, memory_format=torch.channels_last)
+        self.text_encoder = networks.text.to(machine.device)
+        self.tokenizer = networks.tokenizer
+        self._stacked: tuple[tuple[Context, ...], Conditioning, RowAdapters | None] | None = None
+
+    @property
+    def mask_id(self) -> int:
+        """The token of a masked position."""
+        return self.transformer.config.mask_id
+
+    @torch.no_grad()
+    def text(self, prompt: str) -> TextOutput:
+        """One prompt -> features (1, L, D) and pooled vector (1, P), fp32."""
+        return self.text_encoder(self.tokenizer([prompt]).to(self.device))
+
+    @torch.no_grad()
+    def context(self, text: TextOutput, grid: tuple[int, int], slot: int = BASE, scale: float = 1.0) -> Context:
+        """The step-constant part of one row. grid is (h, w) in tokens; slot -1 is the base."""
+        height, width = (side * self.vq.config.factor for side in grid)
+        micro = torch.tensor([[width, height, 0.0, 0.0, AESTHETIC_SCORE]], device=self.device)
+        adapters = self._adapters([(slot, scale)])
+        conditioning = self.transformer.condition(text.penultimate, text.pooled, micro, adapters)
+        return Context(conditioning, grid, slot, scale)
+
+    @torch.no_grad()
+    def features(self, tokens: Tensor, contexts: Sequence[Context]) -> Tensor:
+        """(R, N) tokens, one context per row -> (R, N, C)."""
+        key = tuple(contexts)
+        if self._stacked is None or self._stacked[0] != key:
+            names = key[0].conditioning
+            stacked = {name: torch.cat([context.conditioning[name] for context in key]) for name in names}
+            self._stacked = (key, stacked, self._adapters([(context.slot, context.scale) for context in key]))
+        _, conditioning, adapters = self._stacked
+        return self.transformer.features(tokens.view(len(key), *key[0].grid), conditioning, adapters)
+
+    def readout(self, features: Tensor) -> Tensor:
+        """(M, C) -> (M, D) fp32."""
+        return self.transformer.readout(features)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(M, D) fp32 -> (M, K) fp32."""
+        return self.transformer.logits(hidden)
+
+    @torch.no_grad()
+    def pixels(self, tokens: Tensor) -> list[Image.Image]:
+        """(B, h, w) codes -> B pictures. A few at a time bounds the memory; each alone in its values."""
+        pictures = []
+        for part in tokens.split(_PICTURES_AT_ONCE):
+            drawn = self.vq.decode(part.to(self.device)).float().permute(0, 2, 3, 1)
+            pictures += [Image.fromarray(array) for array in (drawn * 255).round().to(torch.uint8).cpu().numpy()]
+        return pictures
+
+    @torch.no_grad()
+    def codes(self, picture: Image.Image, grid: tuple[int, int]) -> Tensor:
+        """A picture, resized to the grid -> codes (h, w)."""
+        height, width = (side * self.vq.config.factor for side in grid)
+        resized = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        pixels: NDArray[np.float32] = np.asarray(resized, dtype=np.float32) / 255
+        batch = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(self.device, self.dtype)
+        return self.vq.encode(batch.contiguous(memory_format=torch.channels_last))[0]
+
+    def _adapters(self, rows: Sequence[tuple[int, float]]) -> RowAdapters | None:
+        """None where every row is base: then nothing of an adapter is computed, or looked at."""
+        if all(slot == BASE for slot, _ in rows):
+            return None
+        slots = torch.tensor([slot for slot, _ in rows], device=self.device)
+        scales = torch.tensor([scale for _, scale in rows], dtype=torch.float32, device=self.device)
+        return RowAdapters(RowSlots(slots, scales), self.bank.sites)

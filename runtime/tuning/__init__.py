@@ -1,0 +1,1 @@
+"""A style from one picture; and how the embedded model is made."""

@@ -1,0 +1,202 @@
+"""The embedded model's recipe: ``python -m stylemuse.tuning.pretrain --run RUN --out MODEL``.
+
+1. a VQ tokenizer on the world's pictures (`pretrain_vq`);
+2. the masked transformer and its text encoder together: codes masked at a rate cos(pi u / 2), u uniform, cross-entropy
+   on the masked ones (MaskGIT, arXiv 2202.04200, section 3.2), text dropped from one picture in ten;
+3. the folder MODEL in diffusers layout, fp16.
+
+Resumable at any point, seeded, in parts: checkpoints lie in RUN, and ``--samples`` may grow from part to part. Where RUN
+has no checkpoint but ``--start`` names a model folder of the same sizes, training goes on from its weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import weights
+from ..models.amused import Amused, AmusedConfig
+from ..models.layers import Linear
+from ..models.text import ClipText, ClipTextConfig
+from ..models.tokenizer import ClipTokenizer, build_word_tokenizer
+from ..models.vq import VQ
+from . import pretrain_vq
+from .checkpoint import Average, finite, load, report, save, warm_hold_decay
+from ..folder import write_model
+from .world import Look, World, random_caption, vocabulary
+
+TEXT_LENGTH = 20
+TRANSFORMER = AmusedConfig(
+    hidden_size=192,
+    cond_embed_dim=64,
+    micro_cond_encode_dim=16,
+    micro_cond_embed_dim=80,
+    encoder_hidden_size=128,
+    vocab_size=pretrain_vq.CONFIG.num_vq_embeddings + 1,
+    codebook_size=pretrain_vq.CONFIG.num_vq_embeddings,
+    in_channels=128,
+    block_out_channels=128,
+    num_res_blocks=1,
+    downsample=True,
+    upsample=True,
+    block_num_heads=4,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    intermediate_size=512,
+    sample_size=16,
+)
+_BATCH = 32
+_RATE = 1.2e-3
+_TEXT_DROPOUT = 0.1
+_USES = 4  # times a tokenized picture is trained on, each time masked and captioned anew
+_POOL = 1024  # tokenized pictures at hand
+
+
+class Painter(nn.Module):
+    """Text encoder and transformer as one module: captions and masked codes in, logits of the masked positions out."""
+
+    def __init__(self, vocabulary_size: int, end: int) -> None:
+        super().__init__()
+        self.text = ClipText(
+            ClipTextConfig(
+                vocab_size=vocabulary_size,
+                hidden_size=TRANSFORMER.encoder_hidden_size,
+                intermediate_size=256,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                projection_dim=TRANSFORMER.cond_embed_dim,
+                max_position_embeddings=TEXT_LENGTH,
+                eos_token_id=end,
+            )
+        )
+        self.transformer = Amused(TRANSFORMER)
+        depth = (2 * TRANSFORMER.num_hidden_layers) ** -0.5
+        for module in self.transformer.modules():
+            if isinstance(module, Linear):
+                last = module.name.endswith(("to_out", "ff.down", "channelwise_linear_2"))
+                nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5 * (depth if last else 1.0))
+
+    def forward(self, ids: Tensor, tokens: Tensor, masked: Tensor, micro: Tensor) -> Tensor:
+        """ids (R, L), tokens (R, h, w), masked (R, h, w) bool -> logits (M, K) of the masked positions in order."""
+        text = self.text(ids)
+        conditioning = self.transformer.condition(text.penultimate, text.pooled, micro)
+        features = self.transformer.features(tokens.masked_fill(masked, TRANSFORMER.mask_id), conditioning)
+        return self.transformer.logits(self.transformer.readout(features[masked.flatten(1)]))
+
+
+class Pool:
+    """Tokenized pictures, each used a few times and then replaced by a fresh one."""
+
+    def __init__(self, tokenizer: VQ, generator: np.random.Generator) -> None:
+        self.tokenizer, self.generator = tokenizer, generator
+        self.source = World(pretrain_vq.PICTURE).samples(generator)
+        self.items: list[tuple[str, Look, Tensor]] = []
+
+    def _fresh(self, count: int) -> list[tuple[str, Look, Tensor]]:
+        drawn = [next(self.source) for _ in range(count)]
+        pictures = torch.from_numpy(np.stack([picture for _, _, picture in drawn])).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            codes = self.tokenizer.encode(pictures.contiguous(memory_format=torch.channels_last))
+        return [(subject, look, grid) for (subject, look, _), grid in zip(drawn, codes, strict=True)]
+
+    def batches(self) -> Iterator[list[tuple[str, Look, Tensor]]]:
+        """Endless batches."""
+        while len(self.items) < _POOL:
+            self.items.extend(self._fresh(_BATCH))
+        while True:
+            for place, item in enumerate(self._fresh(_BATCH // _USES)):
+                self.items[int(self.generator.integers(len(self.items)))] = item
+            chosen = self.generator.choice(len(self.items), size=_BATCH, replace=False)
+            yield [self.items[index] for index in chosen]
+
+
+def micro_conditions(rows: int) -> Tensor:
+    """(R, 5): width, height, crop x, crop y, aesthetic score, as the pipeline gives them."""
+    return torch.tensor([[pretrain_vq.PICTURE, pretrain_vq.PICTURE, 0.0, 0.0, 6.0]]).repeat(rows, 1)
+
+
+def mask_at_random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """(R, h, w) bool: in each row a share cos(pi u / 2) of the positions, at least one, placed at random."""
+    rows, positions = shape[0], int(np.prod(shape[1:]))
+    share = torch.cos(torch.rand(rows, 1, generator=generator) * torch.pi / 2)
+    count = (share * positions).round().clamp(min=1)
+    order = torch.rand(rows, positions, generator=generator).argsort(dim=1).argsort(dim=1)
+    return (order < count).view(shape)
+
+
+def train(run: Path, tokenizer: VQ, text: ClipTokenizer, samples: int, *, start: Path | None, seed: int = 0) -> Painter:
+    """Train until ``samples`` were seen, resuming from ``run/transformer.pt``; returns the averaged model."""
+    torch.manual_seed(seed)
+    model = Painter(text.vocab_size, text.end)
+    if start is not None:
+        weights.load_into(model.text, weights.read(start / "text_encoder"), weights.CLIP_TEXT)
+        weights.load_into(model.transformer, weights.read(start / "transformer"), weights.AMUSED)
+    matrices = [value for value in model.parameters() if value.ndim > 1]
+    vectors = [value for value in model.parameters() if value.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.02}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=_RATE, betas=(0.9, 0.98))
+    average = Average(model, 0.9985)
+    path, done = run / "transformer.pt", 0
+    if state := load(path):
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.restore(state["average"])
+        done = state["done"]
+    numbers = np.random.default_rng([seed, 2, done])
+    masks = torch.Generator().manual_seed(seed + done)
+    micro, began, step, losses = micro_conditions(_BATCH), time.monotonic(), 0, 0.0
+    stream = Pool(tokenizer, numbers).batches()
+    model.train()
+    while done < samples:
+        for group in optimizer.param_groups:
+            group["lr"] = _RATE * warm_hold_decay(done, samples, warm=200 * _BATCH)
+        batch = next(stream)
+        dropped = numbers.random(_BATCH) < _TEXT_DROPOUT
+        captions = [
+            "" if drop else random_caption(subject, look, numbers)
+            for drop, (subject, look, _) in zip(dropped, batch, strict=True)
+        ]
+        tokens = torch.stack([grid for _, _, grid in batch])
+        masked = mask_at_random(tuple(tokens.shape), masks)
+        loss = F.cross_entropy(model(text(captions), tokens, masked, micro), tokens[masked])
+        optimizer.zero_grad(set_to_none=True)
+        finite(loss).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average.update(model)
+        done, step, losses = done + _BATCH, step + 1, losses + float(loss.detach())
+        if step % 50 == 0:
+            report(stage="transformer", done=done, loss=losses / 50, seconds=time.monotonic() - began)
+            losses = 0.0
+        if step % 200 == 0 or done >= samples:
+            parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            save(path, parts | {"average": average.state(), "done": done})
+    model.load_state_dict(average.values)
+    return model.eval()
+
+
+def main() -> None:
+    """The command; see the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m stylemuse.tuning.pretrain", description=__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints")
+    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
+    parser.add_argument("--start", type=Path, help="model folder to go on from")
+    parser.add_argument("--vq-samples", type=int, default=40_000)
+    parser.add_argument("--samples", type=int, default=500_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    text = build_word_tokenizer(vocabulary(), options.out / "tokenizer", TEXT_LENGTH)
+    tokenizer = pretrain_vq.train(options.run, options.vq_samples, start=options.start, seed=options.seed)
+    painter = train(options.run, tokenizer, text, options.samples, start=options.start, seed=options.seed)
+    write_model(options.out, painter.transformer, tokenizer, painter.text)
+
+
+if __name__ == "__main__":
+    main()
