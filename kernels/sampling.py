@@ -20,8 +20,9 @@ Source: Chang et al., "MaskGIT", CVPR 2022, section 3.2; StyleDrop, arXiv 2306.0
 from __future__ import annotations
 
 import torch
-from stylemuse.kernels.philox import gumbel, philox4x32_words, split_seed, uniform
 from torch import Tensor
+
+from stylemuse.kernels.philox import gumbel, philox4x32_words, split_seed, uniform
 
 TOKEN_STREAM, CONFIDENCE_STREAM = 0, 1
 

@@ -1,11 +1,12 @@
 """A model's folder in diffusers layout: read into networks, and written.
 
-    model_index.json  transformer/  vqvae/  text_encoder/  tokenizer/  scheduler/       (each with its config.json)
-    stylemuse.json    optional: defaults and the styles that come with the model
+model_index.json  transformer/  vqvae/  text_encoder/  tokenizer/  scheduler/       (each with its config.json)
+stylemuse.json    optional: defaults and the styles that come with the model
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -61,9 +62,7 @@ def read_model(folder: Path, variant: str | None = None) -> Networks:
         tensors = {name: value.float() for name, value in weights.read(folder / part, variant).items()}
         weights.load_into(network, tensors, _TABLES[part], folder / part)
     extra = read_json(folder / EXTRA) if (folder / EXTRA).exists() else {}
-    return Networks(
-        transformer.rest(), vq.eval(), text.eval(), ClipTokenizer.from_folder(folder / "tokenizer"), extra
-    )
+    return Networks(transformer.rest(), vq.eval(), text.eval(), ClipTokenizer.from_folder(folder / "tokenizer"), extra)
 
 
 def write_model(
@@ -75,7 +74,7 @@ def write_model(
     dtype: torch.dtype = torch.float16,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write networks as a folder that diffusers' ``AmusedPipeline`` loads; the tokenizer's files must be there already."""
+    """Write networks as a folder that diffusers' ``AmusedPipeline`` loads; the tokenizer's files must be there."""
     blocks = len(vq.config.block_out_channels)
     networks: dict[str, tuple[nn.Module, str, dict[str, Any]]] = {
         "transformer": (transformer, "diffusion_pytorch_model", asdict(transformer.config)),
@@ -104,6 +103,15 @@ def write_model(
     _write_json(folder / "model_index.json", {"_class_name": "AmusedPipeline"} | index)
     if extra is not None:
         _write_json(folder / EXTRA, extra)
+
+
+def weights_sha256(folder: Path, variant: str | None = None) -> str:
+    """Hash of a network's weights, the same for one file, shards and any number format that holds the same values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.read(folder, variant).items()):
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(value.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def _device(asked: str | torch.device | None) -> tuple[torch.device, str]:
 def _dtype(device: torch.device, asked: str | torch.dtype | None) -> tuple[torch.dtype, str]:
     if asked is not None:
         dtype = DTYPES.get(asked) if isinstance(asked, str) else asked
-        if dtype not in DTYPES.values():
+        if dtype is None or dtype not in DTYPES.values():
             raise StylemuseError(f"dtype {asked!r} is not supported; allowed: {', '.join(DTYPES)}")
         return dtype, "asked for"
     if device.type == "cuda":

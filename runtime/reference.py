@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from .kernels.rows import BASE, RowAdapters, RowSlots
 from .machine import Machine
 from .models.layers import Conditioning
 from .models.text import TextOutput
+from .models.vq import channels_last
 
 AESTHETIC_SCORE = 6.0
 _PICTURES_AT_ONCE = 8
@@ -35,6 +35,11 @@ class Context:
     slot: int
     scale: float
 
+    @property
+    def bytes(self) -> int:
+        """The memory its tensors take."""
+        return sum(value.nbytes for value in self.conditioning.values())
+
 
 class Reference:
     """Text, transformer and VQ on one device. Every method is a function of its arguments and of the bank."""
@@ -44,7 +49,7 @@ class Reference:
     def __init__(self, networks: Networks, machine: Machine, bank: Bank) -> None:
         self.device, self.dtype, self.bank = machine.device, machine.dtype, bank
         self.transformer = networks.transformer.to(machine.device, machine.dtype).rest()
-        self.vq = networks.vq.to(machine.device, machine.dtype, memory_format=torch.channels_last)
+        self.vq = channels_last(networks.vq.to(machine.device, machine.dtype))
         self.text_encoder = networks.text.to(machine.device)
         self.tokenizer = networks.tokenizer
         self._stacked: tuple[tuple[Context, ...], Conditioning, RowAdapters | None] | None = None
@@ -101,7 +106,7 @@ class Reference:
         """A picture, resized to the grid -> codes (h, w)."""
         height, width = (side * self.vq.config.factor for side in grid)
         resized = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-        pixels: NDArray[np.float32] = np.asarray(resized, dtype=np.float32) / 255
+        pixels = np.asarray(resized, dtype=np.float32) / np.float32(255)
         batch = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(self.device, self.dtype)
         return self.vq.encode(batch.contiguous(memory_format=torch.channels_last))[0]
 

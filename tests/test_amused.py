@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peers import text_inputs, transformers
+
 from stylemuse.core import StylemuseError
 from stylemuse.models.amused import AmusedConfig
 

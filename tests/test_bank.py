@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+
 from stylemuse.adapters.bank import Bank
 from stylemuse.adapters.canonical import Adapter
 from stylemuse.core import StylemuseError
 from stylemuse.kernels.bottleneck import bottleneck
 from stylemuse.kernels.linear import linear
 from stylemuse.kernels.rows import Bottleneck, LowRank, RowSlots, Site
-from torch import Tensor
 
 SITES = {
     "layer.to_q": Site("layer.qkv", 0, 3, 6, 4),

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stylemuse.adapters import canonical
 from stylemuse.adapters.canonical import Adapter
 from stylemuse.core import StylemuseError

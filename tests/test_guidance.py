@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stylemuse.core import Branch, Guidance, Style, StylemuseError
-from stylemuse.decoding.guidance import CFG, RAMPS, ObjectInStyle, Guidance, Style, StyleDrop
+from stylemuse.decoding.guidance import CFG, RAMPS, ObjectInStyle, StyleDrop, recommended
 
 T, N, C = "a fox in ink style", "blurry", "a fox"
 INK = {"ink": Style()}
@@ -130,9 +131,6 @@ def test_branches_are_the_formulas(
     ("recipe", "styles", "message"),
     [
         (CFG(2.0), {"a": Style(0.7), "b": Style(0.4)}, r"^style weights sum to 1\.1: at most 1 is allowed$"),
-        (CFG(2.0), {"a": Style(0.0)}, r"^weight 0\.0 of style 'a' is not allowed: above 0, at most 1 in all$"),
-        (CFG(2.0), {"a": Style(math.nan)}, r"^weight nan of style 'a'"),
-        (CFG(2.0), {"a": Style(1.0, math.inf)}, r"^strength inf of style 'a' is not allowed: a finite number$"),
         (ObjectInStyle("dog", C), {}, r"^ObjectInStyle needs a style"),
     ],
 )
@@ -148,7 +146,21 @@ def test_errors_of_numbers_and_ramps() -> None:
         StyleDrop(text=math.nan)
     with pytest.raises(StylemuseError, match=r"^ObjectInStyle gamma 1\.5 is not allowed: 0 to 1$"):
         ObjectInStyle("dog", C, gamma=1.5)
-    with pytest.raises(
-        StylemuseError, match=r"^guidance ramp 'cubic' is unknown: 'constant', 'linear', 'after_first'$"
-    ):
+    with pytest.raises(StylemuseError, match=r"^guidance ramp 'cubic' is unknown: 'constant', 'linear', 'after_first'"):
         CFG().branches(T, N, {}, steps=2, ramp="cubic")
+
+
+def test_errors_of_a_style_use() -> None:
+    for weight in (0.0, -0.5, math.nan):
+        with pytest.raises(StylemuseError, match=rf"^style weight {weight} is not allowed: above 0, at most 1 in all$"):
+            Style(weight)
+    with pytest.raises(StylemuseError, match=r"^style strength inf is not allowed: a finite number$"):
+        Style(strength=math.inf)
+
+
+def test_recommended_recipe() -> None:
+    assert recommended({}) is None
+    assert recommended({"guidance": "CFG", "scale": 7.0, "steps": 12}) == CFG(7.0)
+    assert recommended({"guidance": "StyleDrop", "style": 1.0, "text": 4.0}) == StyleDrop(1.0, 4.0)
+    with pytest.raises(StylemuseError, match=r"^guidance 'none' is unknown; allowed are CFG, StyleDrop$"):
+        recommended({"guidance": "none"})

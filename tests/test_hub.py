@@ -10,6 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
+
 from stylemuse import hub
 from stylemuse.core import StylemuseError
 

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from stylemuse.kernels.bottleneck import bottleneck
 from stylemuse.kernels.linear import linear
 from stylemuse.kernels.rows import Bottleneck, LowRank, RowAdapters, RowSlots
-from torch import Tensor
 
 SLOTS, PARTS, INPUTS, OUTPUTS, RANK, TOKENS = 5, 3, 7, 11, 6, 9
 

@@ -1,4 +1,4 @@
-"""The decoding loop: against diffusers and a recorded StyleDrop-PyTorch run, and its laws on a network of a few numbers."""
+"""The decoding loop: against diffusers and a recorded StyleDrop-PyTorch run, and its laws on a tiny network."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import pytest
 import torch
 from diffusers import AmusedScheduler
 from diffusers.schedulers import scheduling_amused
-from stylemuse.core import StylemuseError
-from stylemuse.decoding.guidance import StyleDrop, StyleUse
+from torch import Tensor
+
+from stylemuse.core import Style, StylemuseError
+from stylemuse.decoding.guidance import StyleDrop
 from stylemuse.decoding.loop import Canvas, Timings, advance, decode
 from stylemuse.decoding.rng import SEED_LIMIT, fresh_seed, image_seeds
 from stylemuse.decoding.schedule import Steps, amused, maskgit, styledrop
 from stylemuse.kernels import sampling
-from torch import Tensor
 
 GOLDEN = Path(__file__).parent / "golden/styledrop_pytorch/decode_trace.npz"
 CODES, MASK = 23, 23
@@ -206,7 +207,7 @@ def test_equal_confidences_are_masked_from_the_left(monkeypatch: pytest.MonkeyPa
 
 def test_only_branches_with_weight_are_run() -> None:
     """StyleDrop's after_first ramp: one row at the first step, then three."""
-    branches = StyleDrop(2.0, 5.0).branches("t", "n", {"ink": StyleUse()}, 4, "after_first")
+    branches = StyleDrop(2.0, 5.0).branches("t", "n", {"ink": Style()}, 4, "after_first")
     contexts = tuple(context(i) for i in range(len(branches)))
     network, steps = TinyNetwork(), styledrop(16, 16, 4)
     weights = tuple(branch.weights for branch in branches)

@@ -15,12 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch import Tensor
+
 from stylemuse.adapters import bottleneck, lora
 from stylemuse.adapters.bank import Bank
 from stylemuse.adapters.canonical import Adapter
 from stylemuse.core import StylemuseError
 from stylemuse.kernels.rows import Site
-from torch import Tensor
 
 MODULES = {
     "down_block.attention_blocks.0.attn1.to_q": (6, 6),

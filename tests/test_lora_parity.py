@@ -14,6 +14,8 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peers import text_inputs, transformers
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
+from torch import Tensor
+
 from stylemuse import weights
 from stylemuse.adapters import lora
 from stylemuse.adapters.bank import Bank
@@ -21,7 +23,6 @@ from stylemuse.adapters.canonical import Adapter
 from stylemuse.adapters.merge import merged
 from stylemuse.kernels.rows import RowAdapters, RowSlots
 from stylemuse.models.amused import Amused
-from torch import Tensor
 
 ATTENTION = ["to_q", "to_k", "to_v"]
 EVERYTHING = [*ATTENTION, "to_out.0", "net.0.proj", "net.2"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from stylemuse.adapters.canonical import Adapter
 from stylemuse.adapters.merge import merged
 from stylemuse.core import StylemuseError

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stylemuse.kernels.philox import gumbel, philox4x32, philox4x32_words, split_seed, uniform
 
 # Random123 kat_vectors, philox 4x32, 10 rounds: counter, key, output.

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
+from torch import Tensor
+
 from stylemuse.kernels import sampling
 from stylemuse.kernels.philox import gumbel, philox4x32, uniform
-from torch import Tensor
 
 SEED = 0x0123_4567_89AB_CDEF
 
@@ -37,10 +38,8 @@ def test_noise_follows_the_counter_law(codes: int) -> None:
         counters = torch.tensor([[0, *place, code // 4] for code in range(codes)])
         words = philox4x32(counters, key)[torch.arange(codes), torch.arange(codes) % 4]
         assert torch.equal(noise[row], gumbel(uniform(words)))
-        confidence_word = philox4x32(torch.tensor([1, *place, 0]), key)[:1]
-        assert torch.equal(
-            sampling.position_gumbel(seeds, steps, positions)[row, None], gumbel(uniform(confidence_word))
-        )
+        word = philox4x32(torch.tensor([1, *place, 0]), key)[:1]
+        assert torch.equal(sampling.position_gumbel(seeds, steps, positions)[row, None], gumbel(uniform(word)))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])

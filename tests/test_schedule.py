@@ -13,6 +13,7 @@ import torch
 from diffusers import AmusedScheduler
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stylemuse.core import StylemuseError
 from stylemuse.decoding.schedule import SCHEDULES, Curve, Steps, amused, maskgit, styledrop
 

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
 from stylemuse.core import StylemuseError
 from stylemuse.models.text import ClipText, ClipTextConfig
 from stylemuse.weights import CLIP_TEXT, load_into
-from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 END = 49
 SIZES = {

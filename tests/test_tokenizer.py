@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import CLIPTokenizer
+
 from stylemuse.core import StylemuseError
 from stylemuse.models.tokenizer import ClipTokenizer, build_word_tokenizer
-from transformers import CLIPTokenizer
 
 WORDS = ["fox", "ox", "of", "a", "foxes", "café", "in", "neon", "style", ",", "3", "shone", "one", "hones", "ONE", "ß"]
 LENGTH = 13

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peers import tokenizers
+
 from stylemuse.core import StylemuseError
 from stylemuse.models.vq import VQ, VQConfig
 

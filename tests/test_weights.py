@@ -10,11 +10,12 @@ import pytest
 import torch
 from diffusers import VQModel
 from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
 from stylemuse.core import StylemuseError
 from stylemuse.models.text import ClipText, ClipTextConfig
 from stylemuse.weights import AMUSED, CLIP_TEXT, VQ, Table, load_into, read, to_checkpoint
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 TEXT = {
     "vocab_size": 31,

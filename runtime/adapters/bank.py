@@ -90,6 +90,10 @@ class Bank:
         with self._lock:
             return self._adapters[self.slot(name)]
 
+    def resident(self, slot: int) -> Adapter:
+        """The adapter a slot holds."""
+        return self._adapters[slot]
+
     def add(self, adapter: Adapter, *, replace: bool = False) -> int:
         """Put an adapter into a free slot and register its name; with `replace` the name may exist and moves to it."""
         with self._lock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from .canonical import Adapter
 class Library:
     """The adapters of one pipeline: ``add``, ``remove``, ``names``, ``in``, and by name the `Adapter`."""
 
-    def __init__(self, bank: Bank, sites: Mapping[str, Site], base_model: str) -> None:
-        self.bank, self._sites, self._base_model = bank, sites, base_model
+    def __init__(self, bank: Bank, sites: Mapping[str, Site], base_model: str, fingerprint: Callable[[], str]) -> None:
+        """``fingerprint`` hashes the model's weights; it is called when the first adapter that names a hash comes."""
+        self.bank, self._sites, self._base_model, self._fingerprint = bank, sites, base_model, fingerprint
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -36,9 +37,13 @@ class Library:
     def __getitem__(self, name: str) -> Adapter:
         return self.bank.adapter(name)
 
-    def read(
-        self, name: str, source: str | Path, *, alpha: float | None = None, recipe: str | None = None
-    ) -> Adapter:
+    def base_sha256(self) -> str:
+        """The hash of the model's weights, which adapters made for it carry."""
+        if self.bank.base_sha256 is None:
+            self.bank.base_sha256 = self._fingerprint()
+        return self.bank.base_sha256
+
+    def read(self, name: str, source: str | Path, *, alpha: float | None = None, recipe: str | None = None) -> Adapter:
         """An adapter from a canonical folder or a published LoRA file, checked for this model but not registered."""
         path = Path(source).expanduser()
         if (path / "adapter.json").is_file():
@@ -52,7 +57,6 @@ class Library:
             alpha=alpha,
             recipe=recipe,
             base_model=self._base_model,
-            base_sha256=self.bank.base_sha256,
         )
 
     def add(
@@ -76,6 +80,8 @@ class Library:
         if adapter is None:
             assert not isinstance(source, Adapter)
             adapter = self.read(name, source, alpha=alpha, recipe=recipe)
+        if adapter.base_sha256 is not None:
+            self.base_sha256()
         self.bank.add(adapter, replace=swap)
         return adapter
 

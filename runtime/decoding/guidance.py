@@ -114,18 +114,19 @@ class ObjectInStyle:
         return _branches(unguided, guidance, _ramp(ramp, steps))
 
 
-RECIPES: Mapping[str, Callable[..., Guidance]] = MappingProxyType({"CFG": CFG, "StyleDrop": StyleDrop})
+RECIPES: Mapping[str, type[CFG] | type[StyleDrop]] = MappingProxyType({"CFG": CFG, "StyleDrop": StyleDrop})
 """Recipes an adapter may recommend by name."""
 
 
 def recommended(facts: Mapping[str, Any]) -> Guidance | None:
-    """The recipe of an adapter's or a model's recommendation, say {"guidance": "StyleDrop", "style": 2.0, "text": 5.0}."""
+    """The recipe an adapter or a model recommends, say {"guidance": "StyleDrop", "style": 2.0, "text": 5.0}."""
     name = facts.get("guidance")
     if name is None:
         return None
     if name not in RECIPES:
         raise StylemuseError(f"guidance {name!r} is unknown; allowed are {', '.join(RECIPES)}")
-    return RECIPES[name](**{key: facts[key] for key in ("scale", "style", "text") if key in facts})
+    recipe = RECIPES[name]
+    return recipe(**{field: facts[field] for field in recipe.__dataclass_fields__ if field in facts})
 
 
 def _constant(step: int, steps: int) -> float:

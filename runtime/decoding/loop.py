@@ -26,9 +26,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
+
 from stylemuse.decoding.schedule import Steps
 from stylemuse.kernels import sampling
-from torch import Tensor
 
 # Seconds of every step, by part: "transformer", "head", "sampling", and "step" for their sum and what lies between.
 Timings = dict[str, list[float]]
@@ -80,9 +81,7 @@ class Canvas:
         assert self.tokens.shape == self.unknown.shape
         assert len(self.contexts) == len(self.weights) >= 1
         assert all(len(weights) == len(self.steps) for weights in self.weights)
-        assert self.finished or self.steps.masked_after[self.step] <= self.masked, (
-            "the schedule was made for more masked positions"
-        )
+        assert self.finished or self.steps.masked_after[self.step] <= self.masked, "schedule of another canvas"
 
     @classmethod
     def blank(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 
 import torch
+
 from stylemuse.core import StylemuseError
 from stylemuse.kernels.philox import philox4x32, split_seed
 

@@ -25,6 +25,7 @@ from types import MappingProxyType
 from typing import Literal
 
 import torch
+
 from stylemuse.core import StylemuseError
 
 Score = Literal["log_probability", "logit"]

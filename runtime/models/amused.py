@@ -2,16 +2,17 @@
 
     tokens -> embedding -> [halve] conv blocks -> transformer layers -> conv blocks [double] -> head
 
-The network takes no timestep, so a request's text and size leave the same conditioning at every step: `Amused.condition`
-computes it once (keys and values of the text, every scale and shift), `features` is what a step costs, and `readout` and
-`logits` are the head, split where guidance's weighted sum goes. Peer: diffusers ``UVit2DModel``.
+The network takes no timestep, so a request's text and size leave the same conditioning at every step:
+`Amused.condition` computes it once (keys and values of the text, every scale and shift), `features` is what a step
+costs, and `readout` and `logits` are the head, split where guidance's weighted sum goes. Peer: diffusers
+``UVit2DModel``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ class AmusedConfig:
             raise StylemuseError(f"a grid of {height} x {width} tokens is impossible here; both sides must be {need}")
 
     def sites(self) -> dict[str, Site]:
-        """Every linear layer an adapter may change, by its name in the checkpoint, and its place in our fused weights."""
+        """Linear layers an adapter may change, by its name in the checkpoint, with its place in our fused weights."""
         table: dict[str, Site] = {}
 
         def add(module: str, group: str, widths: tuple[int, int], part: int = 0, parts: int = 1) -> None:
@@ -157,7 +158,8 @@ class ConvStage(nn.Module):
         super().__init__()
         width, text = config.block_out_channels, config.hidden_size
         self.res_blocks = nn.ModuleList(
-            ConvBlock(f"{name}.res_blocks.{i}", width, text, config.layer_norm_eps) for i in range(config.num_res_blocks)
+            ConvBlock(f"{name}.res_blocks.{i}", width, text, config.layer_norm_eps)
+            for i in range(config.num_res_blocks)
         )
         self.attention_blocks = nn.ModuleList(
             TextBlock(f"{name}.attention_blocks.{i}", width, text, config.block_num_heads)
@@ -168,16 +170,19 @@ class ConvStage(nn.Module):
 
     def condition(self, text: Tensor, activated: Tensor, into: Conditioning, adapters: RowAdapters | None) -> None:
         """Scales and shifts, keys and values of all blocks."""
-        for convolution, attention in zip(self.res_blocks, self.attention_blocks, strict=True):
+        for convolution, attention in self._pairs():
             convolution.cond_embeds_mapper.condition(activated, into)
             attention.condition(text, into, adapters)
 
     def forward(
         self, x: Tensor, grid: tuple[int, int], conditioning: Conditioning, adapters: RowAdapters | None
     ) -> Tensor:
-        for convolution, attention in zip(self.res_blocks, self.attention_blocks, strict=True):
+        for convolution, attention in self._pairs():
             x = attention(convolution(x, grid, conditioning), conditioning, adapters)
         return x
+
+    def _pairs(self) -> Iterator[tuple[ConvBlock, TextBlock]]:
+        return cast("Iterator[tuple[ConvBlock, TextBlock]]", zip(self.res_blocks, self.attention_blocks, strict=True))
 
 
 class Head(nn.Module):
@@ -205,7 +210,9 @@ class Amused(nn.Module):
         self.project_to_hidden_norm = RMSNorm(config.block_out_channels, epsilon)
         self.project_to_hidden = Linear("project_to_hidden", config.block_out_channels, width)
         self.transformer_layers = nn.ModuleList(
-            TransformerLayer(f"transformer_layers.{i}", width, config.num_attention_heads, config.intermediate_size, epsilon)
+            TransformerLayer(
+                f"transformer_layers.{i}", width, config.num_attention_heads, config.intermediate_size, epsilon
+            )
             for i in range(config.num_hidden_layers)
         )
         self.project_from_hidden_norm = RMSNorm(width, epsilon)

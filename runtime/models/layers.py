@@ -18,7 +18,7 @@ from ..kernels.linear import linear
 from ..kernels.rows import RowAdapters
 
 Conditioning = dict[str, Tensor]
-"""Step-constant tensors by block name, each with rows in front: what a prompt, a style and a size leave for the loop."""
+"""Step-constant tensors by block name, rows in front: what a prompt, a style and a size leave for the loop."""
 
 
 def sinusoids(values: Tensor, width: int) -> Tensor:
@@ -92,7 +92,7 @@ class Mapper(nn.Module):
 
 
 class AdaNorm(nn.Module):
-    """norm(x) (1 + scale) + shift (diffusers ``AdaLayerNormContinuous``); ``linear`` is the scale and shift's weight."""
+    """norm(x) (1 + scale) + shift (diffusers ``AdaLayerNormContinuous``); ``linear`` makes scale and shift."""
 
     def __init__(self, name: str, width: int, condition: int, norm: RMSNorm | LayerNorm) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ class GlobalResponseNorm(nn.Module):
 
 
 class TextBlock(nn.Module):
-    """Two attentions, both to the text (diffusers ``SkipFFTransformerBlock``), mapped to the block's width if it differs."""
+    """Two attentions, both to the text mapped to the block's width (diffusers ``SkipFFTransformerBlock``)."""
 
     def __init__(self, name: str, width: int, text: int, heads: int) -> None:
         super().__init__()

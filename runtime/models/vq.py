@@ -128,7 +128,13 @@ class Encoder(nn.Module):
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], widths[i], config.layers_per_block, groups, "down" if i + 1 < len(widths) else None)
+            Level(
+                widths[max(i - 1, 0)],
+                widths[i],
+                config.layers_per_block,
+                groups,
+                "down" if i + 1 < len(widths) else None,
+            )
             for i in range(len(widths))
         )
         self.mid_block = Level(widths[-1], widths[-1], 2, groups, None)
@@ -151,7 +157,13 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = Level(widths[0], widths[0], 2, groups, None)
         self.up_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], widths[i], config.layers_per_block + 1, groups, "up" if i + 1 < len(widths) else None)
+            Level(
+                widths[max(i - 1, 0)],
+                widths[i],
+                config.layers_per_block + 1,
+                groups,
+                "up" if i + 1 < len(widths) else None,
+            )
             for i in range(len(widths))
         )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=_EPSILON)
@@ -210,6 +222,14 @@ class VQ(nn.Module):
     def decode(self, ids: Tensor) -> Tensor:
         """Ids (B, h, w) -> pictures (B, 3, H, W) in 0..1."""
         return self.render(self.quantize.look_up(ids)).clamp(0.0, 1.0)
+
+
+def channels_last(model: VQ) -> VQ:
+    """The same model with its weights laid out for channels-last pictures, which convolutions are fastest on."""
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return model
 
 
 def _only(config: Mapping[str, Any], name: str, allowed: tuple[Any, ...]) -> None:

@@ -5,8 +5,8 @@
    on the masked ones (MaskGIT, arXiv 2202.04200, section 3.2), text dropped from one picture in ten;
 3. the folder MODEL in diffusers layout, fp16.
 
-Resumable at any point, seeded, in parts: checkpoints lie in RUN, and ``--samples`` may grow from part to part. Where RUN
-has no checkpoint but ``--start`` names a model folder of the same sizes, training goes on from its weights.
+Resumable at any point, seeded, in parts: checkpoints lie in RUN, and ``--samples`` may grow from part to part. Where
+RUN has no checkpoint but ``--start`` names a model folder of the same sizes, training goes on from its weights.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import weights
+from ..folder import write_model
 from ..models.amused import Amused, AmusedConfig
 from ..models.layers import Linear
 from ..models.text import ClipText, ClipTextConfig
 from ..models.tokenizer import ClipTokenizer, build_word_tokenizer
 from ..models.vq import VQ
 from . import pretrain_vq
-from .checkpoint import Average, finite, load, report, save, warm_hold_decay
-from ..folder import write_model
+from .training import Average, finite, load, mask_at_random, report, save, warm_hold_decay
 from .world import Look, World, random_caption, vocabulary
 
 TEXT_LENGTH = 20
@@ -111,7 +111,7 @@ class Pool:
         while len(self.items) < _POOL:
             self.items.extend(self._fresh(_BATCH))
         while True:
-            for place, item in enumerate(self._fresh(_BATCH // _USES)):
+            for item in self._fresh(_BATCH // _USES):
                 self.items[int(self.generator.integers(len(self.items)))] = item
             chosen = self.generator.choice(len(self.items), size=_BATCH, replace=False)
             yield [self.items[index] for index in chosen]
@@ -120,15 +120,6 @@ class Pool:
 def micro_conditions(rows: int) -> Tensor:
     """(R, 5): width, height, crop x, crop y, aesthetic score, as the pipeline gives them."""
     return torch.tensor([[pretrain_vq.PICTURE, pretrain_vq.PICTURE, 0.0, 0.0, 6.0]]).repeat(rows, 1)
-
-
-def mask_at_random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """(R, h, w) bool: in each row a share cos(pi u / 2) of the positions, at least one, placed at random."""
-    rows, positions = shape[0], int(np.prod(shape[1:]))
-    share = torch.cos(torch.rand(rows, 1, generator=generator) * torch.pi / 2)
-    count = (share * positions).round().clamp(min=1)
-    order = torch.rand(rows, positions, generator=generator).argsort(dim=1).argsort(dim=1)
-    return (order < count).view(shape)
 
 
 def train(run: Path, tokenizer: VQ, text: ClipTokenizer, samples: int, *, start: Path | None, seed: int = 0) -> Painter:

@@ -2,9 +2,9 @@
 
 loss = |x - r| + 2 |x - r|^2 + edges |grad x - grad r| + 0.25 |z - e|^2
 
-The first pictures pass without quantization, so that the codebook starts from latents that mean something. It then follows
-its codes by moving averages (van den Oord 2017, appendix A.1); codes that no latent uses are moved onto latents of the
-current batch. Every look is seen, the held-out ones too: a real tokenizer knows all textures.
+The first pictures pass without quantization, so that the codebook starts from latents that mean something. It then
+follows its codes by moving averages (van den Oord 2017, appendix A.1); codes that no latent uses are moved onto latents
+of the current batch. Every look is seen, the held-out ones too: a real tokenizer knows all textures.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import weights
-from ..models.vq import VQ, ResnetBlock, VQConfig
-from .checkpoint import Average, batches, finite, load, report, save, warm_hold_decay
+from ..models.vq import VQ, ResnetBlock, VQConfig, channels_last
+from .training import Average, batches, finite, load, report, save, warm_hold_decay
 from .world import World
 
 CONFIG = VQConfig(
@@ -77,7 +77,7 @@ def train(folder: Path, samples: int, *, start: Path | None = None, seed: int = 
     _initialize(model)
     if start is not None:
         weights.load_into(model, weights.read(start / "vqvae"), weights.VQ)
-    model.to(memory_format=torch.channels_last).quantize.embedding.weight.requires_grad_(False)
+    channels_last(model).quantize.embedding.weight.requires_grad_(False)
     trained = [value for value in model.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=_RATE, betas=(0.9, 0.98), weight_decay=1e-4)
     average = Average(model, 0.998)
@@ -108,7 +108,14 @@ def train(folder: Path, samples: int, *, start: Path | None = None, seed: int = 
         done, step = done + _BATCH, step + 1
         if step % 50 == 0:
             used = int((codes.counts > _DEAD).sum())
-            report(stage="vq", done=done, loss=float(loss.detach()), error=error, codes=used, seconds=time.monotonic() - started)
+            report(
+                stage="vq",
+                done=done,
+                loss=float(loss.detach()),
+                error=error,
+                codes=used,
+                seconds=time.monotonic() - started,
+            )
         if step % 400 == 0 or done >= samples:
             parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state()}
             save(path, parts | {"counts": codes.counts, "sums": codes.sums, "done": done})
@@ -117,7 +124,7 @@ def train(folder: Path, samples: int, *, start: Path | None = None, seed: int = 
 
 
 def _initialize(model: VQ) -> None:
-    """Residual blocks start as the identity and the layers between them keep the variance, so that colours get through."""
+    """Residual blocks start as the identity and the layers between them keep the variance: colours get through."""
     for module in model.modules():
         if isinstance(module, ResnetBlock):
             nn.init.zeros_(module.conv2.weight)

@@ -1,12 +1,12 @@
 """The embedded model's world: pictograms drawn in thousands of compositional looks.
 
-A picture is a subject (an emoji of the Noto Color Emoji font, OFL; Debian: ``fonts-noto-color-emoji``) drawn in a `Look`:
+A picture is a subject (an emoji of the Noto Color Emoji font, OFL; Debian: ``fonts-noto-color-emoji``) in a `Look`:
 
     look = rendering x ink colour x paper colour x extra          "a fox, outline in cyan on navy with glow"
 
-Whole (rendering, extra) pairs are *held out*: the base transformer never sees them in any colours. Six of them have
-plain names ("neon", "blueprint", ...) and are the styles an adapter must learn from one picture. Because this module can
-draw any subject in a held-out look, styled pictures are judged against the truth.
+Whole (rendering, extra) pairs are *held out*: the base transformer never sees them in any colours. They have plain
+names ("neon", "blueprint", ...) and are the styles an adapter must learn from one picture. Because this module can draw
+any subject in a held-out look, styled pictures are judged against the truth.
 
 The font is needed only to train and to judge; drawing with a trained model needs none of this.
 """
@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from ..core import StylemuseError
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 
 SUBJECTS: dict[str, str] = {
     "fox": "🦊", "cat": "🐱", "dog": "🐶", "owl": "🦉", "frog": "🐸", "elephant": "🐘", "turtle": "🐢", "fish": "🐠",
@@ -81,7 +82,9 @@ class Pose:
 def random_pose(generator: np.random.Generator) -> Pose:
     """A little jitter: size within 3 %, place within a 64th of the side, mirrored half of the time."""
     shift = generator.integers(-1, 2, size=2) / 64
-    return Pose(float(generator.uniform(0.78, 0.82)), (float(shift[0]), float(shift[1])), bool(generator.random() < 0.5))
+    return Pose(
+        float(generator.uniform(0.78, 0.82)), (float(shift[0]), float(shift[1])), bool(generator.random() < 0.5)
+    )
 
 
 def random_look(generator: np.random.Generator, *, held_out: bool = False) -> Look:
@@ -103,7 +106,9 @@ def article(subject: str) -> str:
     return f"{'an' if subject[0] in 'aeiou' else 'a'} {subject}"
 
 
-def caption(subject: str, look: Look, *, rendering: bool = True, ink: bool = True, paper: bool = True, extra: bool = True) -> str:
+def caption(
+    subject: str, look: Look, *, rendering: bool = True, ink: bool = True, paper: bool = True, extra: bool = True
+) -> str:
     """ "a fox, outline in cyan on navy with glow", with any attribute's words left out."""
     words = []
     if rendering:
@@ -174,7 +179,7 @@ class World:
             layers.append(np.asarray(full, dtype=np.float32) / 255)
         alpha = layers[0][..., 3]
         colour = layers[0][..., :3] / np.maximum(alpha, 1e-3)[..., None]
-        return colour, alpha, colour @ np.float32([0.3, 0.59, 0.11]), layers[1]
+        return colour, alpha, colour @ np.array([0.3, 0.59, 0.11], dtype=np.float32), layers[1]
 
     def _mark(
         self, rendering: str, ink: Array, colour: Array, alpha: Array, light: Array, edges: Array
@@ -228,7 +233,7 @@ class World:
         unit = self._side / 128
         if look.extra == "glow":
             halo = np.minimum(_blurred(shape, 4 * unit) * 1.2, 1.0) * 0.75
-            tone = ink if look.ink is not None else np.float32([1.0, 0.95, 0.75])
+            tone = ink if look.ink is not None else np.array([1.0, 0.95, 0.75], dtype=np.float32)
             canvas += halo[..., None] * (tone - canvas)
         elif look.extra == "shadow":
             step = round(8 * unit)
@@ -237,7 +242,11 @@ class World:
             canvas *= (1 - 0.6 * cast)[..., None]
         elif look.extra == "border":
             grown = _grown(alpha, round(8 * unit))
-            tone = np.float32([0.45, 0.45, 0.47]) if canvas.mean() > 0.6 else np.float32([0.98, 0.98, 0.97])
+            tone = (
+                np.array([0.45, 0.45, 0.47], dtype=np.float32)
+                if canvas.mean() > 0.6
+                else np.array([0.98, 0.98, 0.97], dtype=np.float32)
+            )
             canvas += grown[..., None] * (tone - canvas)
             if look.rendering in ("outline", "halftone"):
                 canvas += alpha[..., None] * (_rgb(look.paper) - canvas)
@@ -267,16 +276,21 @@ def _grown(mask: Array, radius: int) -> Array:
 
 @lru_cache(maxsize=1)
 def _font() -> ImageFont.FreeTypeFont:
-    places = [Path("/usr/share/fonts"), Path.home() / ".fonts", Path.home() / ".local/share/fonts", Path("/Library/Fonts")]
+    places = [
+        Path("/usr/share/fonts"),
+        Path.home() / ".fonts",
+        Path.home() / ".local/share/fonts",
+        Path("/Library/Fonts"),
+    ]
     for place in places:
         for path in sorted(place.rglob("NotoColorEmoji*.ttf")):
             return ImageFont.truetype(str(path), 109)  # the only size its bitmaps come in
     raise StylemuseError(
-        "the font Noto Color Emoji is not installed; it is needed to train and to judge (Debian: fonts-noto-color-emoji)"
+        "the font Noto Color Emoji is not installed; training and judging need it (Debian: fonts-noto-color-emoji)"
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _subject(subject: str) -> tuple[Image.Image, Image.Image]:
     """The emoji, premultiplied RGBA, and its line drawing, both trimmed to a 128-pixel square."""
     if subject not in SUBJECTS:

@@ -1,8 +1,9 @@
-"""What both stages of pretraining share: resumable state, learning rate, averaged weights, a log line."""
+"""What all training here shares: masks, resumable state, learning rate, averaged weights, a log line."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -79,3 +80,12 @@ def finite(loss: Tensor) -> Tensor:
     if not torch.isfinite(loss):
         raise RuntimeError(f"the training loss became {float(loss)}")
     return loss
+
+
+def mask_at_random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """(R, h, w) bool: in each row a share cos(pi u / 2) of the positions, at least one, placed at random."""
+    rows, positions = shape[0], math.prod(shape[1:])
+    share = torch.cos(torch.rand(rows, 1, generator=generator) * torch.pi / 2)
+    count = (share * positions).round().clamp(min=1)
+    order = torch.rand(rows, positions, generator=generator).argsort(dim=1).argsort(dim=1)
+    return (order < count).view(shape)

@@ -1,0 +1,102 @@
+"""Where decoding begins: all masked, from a picture, or with a region to fill.
+
+Start        unknown positions                                              schedule
+none         all                                                            from its first step
+picture      round-down N cos(pi/2 first/T) of them, placed by Philox       from step first = T - floor(T strength)
+with mask    as above, of the masked region only                            the curve starts at the region's share
+
+Peers: AmusedImg2ImgPipeline and AmusedInpaintPipeline (diffusers). There a strength of 1.0 masks nothing, because the
+index of the first step wraps around; here it masks everything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..core import Request, Sampling, StylemuseError
+from ..kernels.philox import philox4x32, split_seed
+from .schedule import SCHEDULES, Steps
+
+START_STREAM = 3
+"""Philox stream of the choice which positions a picture loses at the start."""
+
+
+class Tokenizer(Protocol):
+    """What is needed of a backend: a picture's codes."""
+
+    def codes(self, picture: Image.Image, grid: tuple[int, int]) -> Tensor:
+        """The picture, resized to the grid -> (h, w) int64."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Tokens (N,), which of them are unknown (N,) bool, and the numbers of the steps from here."""
+
+    tokens: Tensor
+    unknown: Tensor
+    steps: Steps
+
+
+def prepare(
+    request: Request, grid: tuple[int, int], seeds: tuple[int, ...], sampling: Sampling, network: Tokenizer
+) -> tuple[Start, ...]:
+    """The start of each of a request's pictures."""
+    size = grid[0] * grid[1]
+    schedule = _schedule(sampling)
+    if request.image is None:
+        steps = schedule(size, size, sampling.steps)
+        blank = Start(torch.zeros(size, dtype=torch.int64), torch.ones(size, dtype=torch.bool), steps)
+        return (blank,) * len(seeds)
+    first = sampling.steps - math.floor(sampling.steps * request.strength)
+    if first == sampling.steps:
+        least = 1 / sampling.steps
+        raise StylemuseError(
+            f"strength {request.strength:g} redraws nothing in {sampling.steps} steps; at least {least:.3g}"
+        )
+    region = torch.ones(size, dtype=torch.bool) if request.mask is None else _region(request.mask, grid)
+    inside = int(region.sum())
+    if inside == 0:
+        raise StylemuseError("the mask is black everywhere; white marks what is to be drawn anew")
+    lost = max(1, math.floor(inside * math.cos(math.pi / 2 * first / sampling.steps)))
+    options: dict[str, Any] = {"first": first}
+    if sampling.schedule != "maskgit":
+        options["starting_ratio"] = inside / size
+    steps = schedule(size, lost, sampling.steps, **options)
+    codes = network.codes(request.image, grid).flatten().cpu()
+    return tuple(Start(codes, _lost(region, lost, seed), steps) for seed in seeds)
+
+
+def _schedule(sampling: Sampling) -> Callable[..., Steps]:
+    if sampling.schedule not in SCHEDULES:
+        raise StylemuseError(f"schedule {sampling.schedule!r} is unknown; allowed: {', '.join(SCHEDULES)}")
+    schedule = SCHEDULES[sampling.schedule]
+
+    def numbers(*sizes: int, **options: Any) -> Steps:
+        if sampling.temperature is not None:
+            options["temperature"] = sampling.temperature
+        return schedule(*sizes, **options)
+
+    return numbers
+
+
+def _region(mask: Image.Image, grid: tuple[int, int]) -> Tensor:
+    """(N,) bool: tokens of whose area at least half is white."""
+    small = mask.convert("L").resize((grid[1], grid[0]), Image.Resampling.BOX)
+    return torch.from_numpy(np.asarray(small) >= 128).flatten()
+
+
+def _lost(region: Tensor, count: int, seed: int) -> Tensor:
+    """(N,) bool: ``count`` positions of the region, those with the smallest Philox words; ties by lowest index."""
+    counter = torch.zeros(len(region), 4, dtype=torch.int64)
+    counter[:, 0], counter[:, 2] = START_STREAM, torch.arange(len(region))
+    words = philox4x32(counter, torch.stack(split_seed(torch.tensor(seed))))[:, 0]
+    order = words.masked_fill(~region, 2**32).argsort(stable=True)
+    return torch.zeros_like(region).scatter(0, order[:count], True)
