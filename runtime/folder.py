@@ -102,7 +102,12 @@ def write_model(
     index = {part: list(kind) for part, kind in _PARTS.items()}
     _write_json(folder / "model_index.json", {"_class_name": "AmusedPipeline"} | index)
     if extra is not None:
-        _write_json(folder / EXTRA, extra)
+        write_extra(folder, extra)
+
+
+def write_extra(folder: Path, extra: Mapping[str, Any]) -> None:
+    """Write what only this runtime reads: {"defaults": {"steps", "scale"}, "styles": [names]}."""
+    _write_json(folder / EXTRA, extra)
 
 
 def weights_sha256(folder: Path, variant: str | None = None) -> str:

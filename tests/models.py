@@ -52,11 +52,15 @@ def write_tiny_model(folder: Path, seed: int = 0) -> Path:
     write_model(folder, transformer, vq, text, dtype=torch.float32, extra=extra)
     sha256 = weights_sha256(folder / "transformer")
     for index, name in enumerate(STYLES):
-        canonical.save(random_style(transformer.config, name, seed=index + 1, base_sha256=sha256), folder / "styles" / name)
+        canonical.save(
+            random_style(transformer.config, name, seed=index + 1, base_sha256=sha256), folder / "styles" / name
+        )
     return folder
 
 
-def random_style(config: AmusedConfig, name: str, *, rank: int = 2, seed: int = 1, base_sha256: str | None = None) -> Adapter:
+def random_style(
+    config: AmusedConfig, name: str, *, rank: int = 2, seed: int = 1, base_sha256: str | None = None
+) -> Adapter:
     """A LoRA on every attention projection, strong enough to change the tokens."""
     generator = torch.Generator().manual_seed(seed)
 

@@ -37,7 +37,7 @@ ONLY_IN = {
     ("fastapi", "starlette", "uvicorn", "prometheus_client"): {"serving"},
     ("onnx", "onnxruntime"): {"export"},
 }
-"""Packages of others that only these rooms may import, wherever in a file: the peers that all is compared with, and what
+"""Packages of others that only these rooms may import, wherever in a file: the peers all is compared with, and what
 is heavy or optional."""
 
 

@@ -1,13 +1,11 @@
 """The judge: a small convnet that names a picture's subject and look, and measures how far apart two styles are.
 
 It is trained on the world's own pictures, held-out looks too, with a generator's small flaws put on them (`flaws`).
-``python -m stylemuse.tuning.judge --out FILE`` trains it and prints how often it is right.
+How often it is right, and how well its distance ignores the subject, is measured by `examine`.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,7 +66,8 @@ class Opinion:
     def distance(self, other: Opinion) -> Tensor:
         """(B,) style distances, row by row; see `style_distance`."""
         named = [
-            (self.logits[head].softmax(dim=1) - other.logits[head].softmax(dim=1)).abs().sum(dim=1) / 2 for head in STYLE
+            (self.logits[head].softmax(dim=1) - other.logits[head].softmax(dim=1)).abs().sum(dim=1) / 2
+            for head in STYLE
         ]
         one, two = self.statistics, other.statistics
         apart = (one - two).norm(dim=1) / (one.norm(dim=1) + two.norm(dim=1)).clamp(min=1e-12)
@@ -117,7 +116,7 @@ def style_distance(judge: Judge, a: Tensor, b: Tensor) -> Tensor:
     gives different names; a picture whose ink is hard to tell is thus neither near nor far in ink. That part alone
     saturates: two styles with no name in common are all at 1, however they look. s, means and deviations of a middle
     layer's channels (what style transfer matches: Huang and Belongie, arXiv 1703.06868), orders those, and near misses.
-    Both parts are 0 for equal pictures and symmetric. `separation` tells how well d ignores the subject.
+    Both parts are 0 for equal pictures and symmetric. `examine.separation` tells how well d ignores the subject.
     """
     return judge.opinion(a).distance(judge.opinion(b))
 
@@ -132,21 +131,6 @@ def to_tensor(pictures: Sequence[Image.Image] | Sequence[Array]) -> Tensor:
         else:
             arrays.append(picture)
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-
-
-def accuracy(judge: Judge, samples: int = 2000, *, seed: int = 10_000) -> dict[str, float]:
-    """Share of fresh world pictures, held-out looks too, that each head names rightly."""
-    opinion, labels = examine(judge, samples, seed=seed)
-    return {head: float(np.mean([a == b for a, b in zip(opinion.names(head), labels[head], strict=True)])) for head in HEADS}
-
-
-def examine(judge: Judge, samples: int, *, seed: int) -> tuple[Opinion, dict[str, list[str]]]:
-    """The judge's opinion of fresh world pictures, and by head what they truly are."""
-    source = World(PICTURE).samples(np.random.default_rng([seed, 1]), held_out=True)
-    drawn = [next(source) for _ in range(samples)]
-    labels = [_labels(subject, look) for subject, look, _ in drawn]
-    opinion = judge.eval().opinion(to_tensor([picture for _, _, picture in drawn]))
-    return opinion, {head: [label[head] for label in labels] for head in HEADS}
 
 
 def train_judge(path: Path, samples: int = SAMPLES, seed: int = 0) -> Judge:
@@ -198,3 +182,49 @@ def load_judge(path: Path) -> Judge:
     except Exception as error:  # safetensors' and torch's errors share no base
         raise StylemuseError(f"{path} is not a judge of this release: {str(error).splitlines()[0]}") from None
     return judge.to(memory_format=torch.channels_last).eval()
+
+
+def _made_with(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: value for name, value in (file.metadata() or {}).items() if name in ("samples", "seed")}
+    except Exception as error:  # safetensors' errors share no base
+        raise StylemuseError(f"{path} is not a safetensors file: {str(error).splitlines()[0]}") from None
+
+
+def labels_of(subject: str, look: Look) -> dict[str, str]:
+    """The right name of each head."""
+    names = (subject, look.rendering, look.ink or "none", look.paper, look.extra)
+    return dict(zip(HEADS, names, strict=True))
+
+
+def _batches(numbers: np.random.Generator) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Endless (pictures (B, 3, 64, 64), by head the index of the right name (B,)) from a pool that is always renewed."""
+    source = World(PICTURE).samples(numbers, held_out=True)
+    pictures, answers = (
+        torch.zeros(_POOL, 3, PICTURE, PICTURE, dtype=torch.uint8),
+        torch.zeros(_POOL, len(HEADS), dtype=torch.int64),
+    )
+
+    def draw(places: Sequence[int]) -> None:
+        drawn = [next(source) for _ in places]
+        pictures[list(places)] = (to_tensor([picture for _, _, picture in drawn]) * 255).round().to(torch.uint8)
+        named = [labels_of(subject, look) for subject, look, _ in drawn]
+        answers[list(places)] = torch.tensor([[HEADS[head].index(label[head]) for head in HEADS] for label in named])
+
+    draw(range(_POOL))
+    while True:
+        draw(numbers.choice(_POOL, size=_BATCH // _USES, replace=False).tolist())
+        chosen = torch.from_numpy(numbers.choice(_POOL, size=_BATCH, replace=False))
+        yield pictures[chosen].float() / 255, dict(zip(HEADS, answers[chosen].unbind(dim=1), strict=True))
+
+
+def _layer(inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+def _statistics(features: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, 2 C): each channel's mean and standard deviation over the picture."""
+    variance, mean = torch.var_mean(features, dim=(2, 3), correction=0)
+    return torch.cat([mean, (variance + 1e-5).sqrt()], dim=1)

@@ -1,0 +1,72 @@
+"""The embedded model's styles: ``python -m stylemuse.tuning.styles --model MODEL``.
+
+Each held-out look of the world is drawn once, and a style is tuned from that one picture; the base has never seen the
+look in any colours. Written into MODEL: ``styles/NAME/`` (canonical adapter and reference.png) and ``stylemuse.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from ..adapters import canonical
+from ..folder import write_extra
+from ..pipeline import load
+from .style import Recipe, tune
+from .training import report
+from .world import HELD_OUT, World, article
+
+REFERENCES = {
+    "neon": "fox",
+    "blueprint": "rocket",
+    "riso": "cat",
+    "retro": "owl",
+    "ember": "elephant",
+    "arcade": "mushroom",
+}
+"""The subject of each style's one picture."""
+
+DEFAULTS = {"steps": 16, "scale": 3.0}
+RECOMMENDED: dict[str, str | int | float] = {"guidance": "StyleDrop", "style": 0.5, "text": 1.0, "steps": 16}
+
+
+def write_styles(model: Path, names: list[str], recipe: Recipe, *, seed: int = 0) -> None:
+    """Tune the named styles into the model's folder, replacing what is there under their names."""
+    write_extra(model, {"defaults": DEFAULTS, "styles": []})
+    pipe, world = load(str(model)), World()
+    for name in names:
+        picture = world.draw(REFERENCES[name], HELD_OUT[name])
+        prompt = f"{article(REFERENCES[name])} in {name} style"
+
+        def progress(step: int, steps: int, loss: float, style: str = name) -> None:
+            if step % 50 == 0:
+                report(stage="style", style=style, step=step, of=steps, loss=loss)
+
+        adapter = tune(
+            pipe, picture, prompt, name=name, recipe=recipe, recommended=RECOMMENDED, seed=seed, on_step=progress
+        )
+        folder = model / "styles" / name
+        shutil.rmtree(folder, ignore_errors=True)
+        canonical.save(adapter, folder)
+        picture.save(folder / "reference.png")
+    there = sorted(path.parent.name for path in (model / "styles").glob("*/adapter.json"))
+    write_extra(model, {"defaults": DEFAULTS, "styles": there})
+
+
+def main() -> None:
+    """The command; see the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m stylemuse.tuning.styles", description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="model folder, as pretraining wrote it")
+    parser.add_argument("--styles", nargs="+", choices=list(HELD_OUT), default=list(HELD_OUT))
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--rank", type=int, default=Recipe.rank)
+    parser.add_argument("--rate", type=float, default=Recipe.rate)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    recipe = Recipe(rank=options.rank, rate=options.rate, steps=options.steps)
+    write_styles(options.model, options.styles, recipe, seed=options.seed)
+
+
+if __name__ == "__main__":
+    main()
