@@ -76,12 +76,13 @@ class Reference:
     @torch.no_grad()
     def features(self, tokens: Tensor, contexts: Sequence[Context]) -> Tensor:
         """(R, N) tokens, one context per row -> (R, N, C)."""
-        key = tuple(contexts)
-        if self._stacked is None or self._stacked[0] != key:
+        key, last = tuple(contexts), self._stacked
+        if last is None or last[0] != key:
             names = key[0].conditioning
             stacked = {name: torch.cat([context.conditioning[name] for context in key]) for name in names}
-            self._stacked = (key, stacked, self._adapters([(context.slot, context.scale) for context in key]))
-        _, conditioning, adapters = self._stacked
+            last = (key, stacked, self._adapters([(context.slot, context.scale) for context in key]))
+            self._stacked = last
+        _, conditioning, adapters = last
         return self.transformer.features(tokens.view(len(key), *key[0].grid), conditioning, adapters)
 
     def readout(self, features: Tensor) -> Tensor:

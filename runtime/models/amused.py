@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..core import StylemuseError
 from ..kernels.rows import RowAdapters, Site
-from .layers import Conditioning, ConvBlock, Linear, RMSNorm, TextBlock, TransformerLayer, sinusoids
+from .layers import Conditioning, ConvBlock, Linear, RMSNorm, TextBlock, TransformerLayer, fresh, sinusoids
 
 _FIXED: dict[str, Any] = {"use_bias": False, "ln_elementwise_affine": True}
 
@@ -108,8 +108,8 @@ class Embedding(nn.Module):
 
     def __init__(self, config: AmusedConfig) -> None:
         super().__init__()
-        self.embeddings = nn.Embedding(config.vocab_size, config.in_channels)
-        nn.init.normal_(self.embeddings.weight, std=0.5)
+        sizes = (config.vocab_size, config.in_channels)
+        self.embeddings = nn.Embedding(*sizes, _weight=fresh(*sizes, std=0.5))
         self.layer_norm = RMSNorm(config.in_channels, config.layer_norm_eps)
         self.conv = nn.Conv2d(config.in_channels, config.block_out_channels, 1, bias=False)
         self._table: Tensor | None = None

@@ -35,14 +35,19 @@ def modulate(x: Tensor, scale_shift: Tensor) -> Tensor:
     return torch.addcmul(shift, x, gain)
 
 
+def fresh(*shape: int, std: float = 0.02) -> Tensor:
+    """Random numbers to start training from. On the meta device none are drawn: torch would import its compiler."""
+    values = torch.empty(*shape)
+    return values if values.is_meta else values.normal_(std=std)
+
+
 class Linear(nn.Module):
     """y = x W^T plus the low-rank pair of each row's adapter at this place."""
 
     def __init__(self, name: str, inputs: int, outputs: int) -> None:
         super().__init__()
         self.name = name
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        nn.init.normal_(self.weight, std=0.02)
+        self.weight = nn.Parameter(fresh(outputs, inputs))
 
     def forward(self, x: Tensor, adapters: RowAdapters | None = None) -> Tensor:
         if adapters is None:

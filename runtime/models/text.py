@@ -142,12 +142,13 @@ class ClipText(nn.Module):
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
         self.config = config
-        self.token = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token = _table(config.vocab_size, config.hidden_size)
+        self.position = _table(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(TextLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
-        self._initialize()
+        if not self.norm.weight.is_meta:
+            self._initialize()
 
     def forward(self, ids: Tensor) -> TextOutput:
         """Runs the tower.
@@ -190,3 +191,8 @@ class ClipText(nn.Module):
                 std = (2 * width) ** -0.5 if name.endswith("widen") else width**-0.5
                 nn.init.normal_(module.weight, std=std * residual if name.endswith(("out", "narrow")) else std)
                 nn.init.zeros_(module.bias)
+
+
+def _table(rows: int, width: int) -> nn.Embedding:
+    # With a weight given, nn.Embedding draws none, which on the meta device would import torch's compiler.
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))

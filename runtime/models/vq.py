@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import StylemuseError
+from .layers import fresh
 
 _EPSILON = 1e-6
 
@@ -181,7 +182,7 @@ class Codebook(nn.Module):
 
     def __init__(self, codes: int, width: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(codes, width)
+        self.embedding = nn.Embedding(codes, width, _weight=fresh(codes, width, std=1.0))
 
     def nearest(self, latent: Tensor) -> Tensor:
         """Latent (B, D, h, w) -> ids (B, h, w) of the nearest codes; |z - e|^2 without the constant |z|^2, in fp32."""

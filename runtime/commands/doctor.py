@@ -1,0 +1,111 @@
+"""``stylemuse doctor``: what this machine has, and what a pipeline would choose."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..core import StylemuseError
+from . import options
+from .output import document, table
+
+PACKAGES = (
+    "stylemuse",
+    "torch",
+    "triton",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "safetensors",
+    "tokenizers",
+    "pillow",
+)
+
+
+def doctor(as_json: options.Json = False) -> None:
+    """Say what this machine has, and what would be chosen and why."""
+    facts = {
+        "versions": {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES},
+        "cpu": _cpu(),
+        "gpus": _gpus(),
+        "font": _font(),
+        "demo": _demo(),
+    }
+    if as_json:
+        document(facts)
+        return
+    table(("", ""), [(name, value) for name, value in _lines(facts)])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    import torch
+
+    from ..machine import cpu_has_bf16
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "machine": f"{platform.system()} {platform.machine()}",
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "bf16": cpu_has_bf16(),
+        "cores": usable,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [
+        {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "gigabytes": round(gpu.total_memory / 2**30, 1)}
+        for gpu in found
+    ]
+
+
+def _font() -> dict[str, Any]:
+    """The font the embedded model's pictures are made with; training and judging need it, drawing doesn't."""
+    from ..tuning import world
+
+    try:
+        return {"path": str(Path(str(world._font().path))), "problem": None}
+    except StylemuseError as error:
+        return {"path": None, "problem": str(error)}
+
+
+def _demo() -> dict[str, Any]:
+    """The embedded model as `load` gives it, or why it doesn't, and the choices made for any model."""
+    import stylemuse
+
+    from ..machine import choose
+
+    try:
+        pipe = stylemuse.load()
+        return {"styles": list(pipe.adapters.names), "choice": pipe.explain(), "problem": None}
+    except StylemuseError as error:
+        machine = choose()
+        chosen = {"device": machine.device, "dtype": str(machine.dtype).removeprefix("torch.")}
+        choice = {name: f"{value}: {machine.why[name]}" for name, value in chosen.items()}
+        return {"styles": [], "choice": choice, "problem": str(error)}
+
+
+def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    cpu, demo = facts["cpu"], facts["demo"]
+    lines = [(package, found or "not installed") for package, found in facts["versions"].items()]
+    bf16 = "with" if cpu["bf16"] else "without"
+    lines += [("CPU", f"{cpu['machine']}, {cpu['vectors']}, {bf16} bf16 instructions")]
+    lines += [("threads", f"{cpu['threads']} on {cpu['cores']} cores")]
+    gpus = [f"{gpu['name']}, {gpu['gigabytes']} GiB, compute capability {gpu['capability']}" for gpu in facts["gpus"]]
+    lines += [("GPU", gpu) for gpu in gpus or ["none"]]
+    lines += [("font", facts["font"]["path"] or facts["font"]["problem"])]
+    lines += [("embedded model", demo["problem"] or "ready"), ("its styles", ", ".join(demo["styles"]) or "none")]
+    return lines + [(f"chosen {name}", value) for name, value in demo["choice"].items() if name != "model"]

@@ -1,0 +1,30 @@
+"""The bounded store."""
+
+from __future__ import annotations
+
+from stylemuse.cache import Recent
+
+
+def test_least_recently_used_leaves_first() -> None:
+    made: list[str] = []
+
+    def value(key: str) -> str:
+        return store.get(key, lambda: made.append(key) or key * 3)  # type: ignore[func-returns-value]
+
+    store: Recent[str] = Recent(9, len)
+    assert [value(key) for key in "abcab"] == ["aaa", "bbb", "ccc", "aaa", "bbb"]
+    assert made == ["a", "b", "c"]
+    value("d")
+    assert value("a") == "aaa"
+    assert made == ["a", "b", "c", "d"]
+    value("c")
+    assert made == ["a", "b", "c", "d", "c"]
+
+
+def test_what_is_over_the_budget_is_made_and_not_kept() -> None:
+    store: Recent[bytes] = Recent(4, len)
+    assert store.get("small", lambda: b"12") == b"12"
+    assert store.get("large", lambda: b"12345") == b"12345"
+    calls = []
+    store.get("large", lambda: calls.append(1) or b"12345")  # type: ignore[func-returns-value]
+    assert calls
