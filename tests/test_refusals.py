@@ -1,4 +1,4 @@
-"""Nothing is silently ignored (law 4): one line that names what was given and what is allowed, before anything is drawn."""
+"""Nothing is silently ignored (law 4): one line says what was given and what is allowed, before anything is drawn."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_a_style_is_learnt_from_one_picture(tiny_model: Path) -> None:
         seed=1,
         on_step=lambda step, steps, loss: losses.append(loss),
     )
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     assert all(torch.equal(a, b) for a, b in zip(before, pipe.network.transformer.parameters(), strict=True))
     assert adapter.descriptor == "in brush style"
     assert adapter.rank == 4

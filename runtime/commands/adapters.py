@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +63,7 @@ def inspect(
         document(facts)
         return
     ranks = Counter(site["rank"] for site in sites.values())
-    leaves = Counter(".".join(part for part in site.split(".") if not part.isdigit()) for site in sites)
+    leaves = Counter(re.split(r"\.\d+\.", site, maxsplit=1)[-1] for site in sites)
     shown = {
         name: str(facts[name])
         for name in ("name", "kind", "descriptor", "caption", "licence", "base_model", "base_sha256", "scale")
@@ -150,7 +151,7 @@ def verify(folder: Folder, model: OfModel = None, as_json: options.Json = False)
     from ..adapters import canonical
 
     adapter = canonical.load(folder)
-    target = Target(model or adapter.base_model or "demo")
+    target = _target(adapter, model)
     target.check(adapter)
     if as_json:
         document({"path": str(folder), "ok": True, "fits": target.name, "same_weights": bool(adapter.base_sha256)})
@@ -169,6 +170,16 @@ def _read(path: Path, alpha: float | None, recipe: str | None, model: str | None
     target = Target(model or "demo")
     weights, sites = Weights(target.folder / "transformer"), target.config.sites()
     return lora.read(path, name="file", sites=sites, alpha=alpha, recipe=recipe, base_weights=weights)
+
+
+def _target(adapter: Adapter, model: str | None) -> Target:
+    """The asked model, else the one the adapter names."""
+    if model is not None or not adapter.base_model:
+        return Target(model or "demo")
+    try:
+        return Target(adapter.base_model)
+    except StylemuseError as error:
+        raise StylemuseError(f"the model the adapter names is not here; give --model ({error})") from None
 
 
 def _share(adapter: Adapter, model: str | None) -> tuple[float | None, str]:

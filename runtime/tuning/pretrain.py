@@ -52,8 +52,8 @@ TRANSFORMER = AmusedConfig(
     intermediate_size=512,
     sample_size=16,
 )
-_BATCH = 32
-_RATE = 1.2e-3
+_BATCH = 16
+_RATE = 1e-3
 _TEXT_DROPOUT = 0.1
 _USES = 4  # times a tokenized picture is trained on, each time masked and captioned anew
 _POOL = 1024  # tokenized pictures at hand
@@ -163,10 +163,10 @@ def train(run: Path, tokenizer: VQ, text: ClipTokenizer, samples: int, *, start:
         optimizer.step()
         average.update(model)
         done, step, losses = done + _BATCH, step + 1, losses + float(loss.detach())
-        if step % 50 == 0:
-            report(stage="transformer", done=done, loss=losses / 50, seconds=time.monotonic() - began)
+        if step % 100 == 0:
+            report(stage="transformer", done=done, loss=losses / 100, seconds=time.monotonic() - began)
             losses = 0.0
-        if step % 200 == 0 or done >= samples:
+        if step % 400 == 0 or done >= samples:
             parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             save(path, parts | {"average": average.state(), "done": done})
     model.load_state_dict(average.values)
