@@ -1,9 +1,13 @@
 """stylemuse: many styles in one forward pass, on masked generative transformers."""
 
-from .adapters.canonical import Adapter
-from .core import Branch, Guidance, Request, Result, Sampling, Style, StylemuseError
-from .decoding.guidance import CFG, ObjectInStyle, StyleDrop
-from .pipeline import Pipeline, Preview, load
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .adapters.canonical import Adapter
+    from .core import Branch, Guidance, Request, Result, Sampling, Style, StylemuseError
+    from .decoding.guidance import CFG, ObjectInStyle, StyleDrop
+    from .pipeline import Pipeline, Preview, load
 
 __version__ = "0.1.0"
 
@@ -23,3 +27,23 @@ __all__ = [
     "StylemuseError",
     "load",
 ]
+
+_ROOMS = {
+    "adapters.canonical": ("Adapter",),
+    "core": ("Branch", "Guidance", "Request", "Result", "Sampling", "Style", "StylemuseError"),
+    "decoding.guidance": ("CFG", "ObjectInStyle", "StyleDrop"),
+    "pipeline": ("Pipeline", "Preview", "load"),
+}
+
+
+def __getattr__(name: str) -> object:
+    # On first use: the command line's help and a server's configuration need no torch, which takes seconds to import.
+    for room, names in _ROOMS.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f".{room}", __name__), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -54,8 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line, the process's own by default, and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        code = typer.main.get_command(app).main(given, prog_name="stylemuse", standalone_mode=False)
-        sys.stdout.flush()
+        with warnings.catch_warnings():
+            if not sys.warnoptions:  # libraries warn their callers, and that is us
+                warnings.simplefilter("ignore")
+            code = typer.main.get_command(app).main(given, prog_name="stylemuse", standalone_mode=False)
+        if sys.stdout is not None:  # it is None where it was closed before we began
+            sys.stdout.flush()
     except StylemuseError as error:
         return _refuse(str(error))
     except _UsageError as error:
@@ -77,7 +82,8 @@ _MEMORY = ("out of memory", "allocate memory")
 
 
 def _refuse(message: str) -> int:
-    print(f"stylemuse: {one_line(message)}", file=sys.stderr)
+    if sys.stderr is not None:
+        print(f"stylemuse: {one_line(message)}", file=sys.stderr)
     return 2
 
 

@@ -137,21 +137,21 @@ def test_every_option_of_sampling_matters(pipe: Pipeline) -> None:
     options = [Sampling(8), Sampling(5), Sampling(8, temperature=(9.0, 3.0)), Sampling(8, temperature=1.0)]
     options += [Sampling(8, "maskgit"), Sampling(8, "styledrop"), Sampling(8, "styledrop", 1.0)]
     options += [Sampling(8, ramp="linear"), Sampling(8, ramp="after_first")]
-    assert differ(*(draw(pipe, sampling=sampling, guidance=CFG(6.0)) for sampling in options))
+    assert differ(*(draw(pipe, sampling=sampling, guidance=CFG(6.0), n=3) for sampling in options))
 
 
 def test_every_guidance_matters(pipe: Pipeline) -> None:
     recipes = [CFG(1.0), CFG(4.0), StyleDrop(0.0, 2.0), StyleDrop(2.0, 2.0), StyleDrop(2.0, 5.0)]
     recipes += [ObjectInStyle("neon", "a cat"), ObjectInStyle("neon", "a cat", gamma=0.3, style=1.0, text=3.0)]
     recipes += [ObjectInStyle("neon", "a cat", strength=0.5), ObjectInStyle("neon", "an owl")]
-    assert differ(*(draw(pipe, style="ink", guidance=recipe, steps=8) for recipe in recipes))
+    assert differ(*(draw(pipe, style="ink", guidance=recipe, steps=6, n=3) for recipe in recipes))
 
 
 def test_every_use_of_a_style_matters(pipe: Pipeline) -> None:
     uses: list[Any] = [None, "ink", "neon", {"ink": 0.5}, {"ink": 0.5, "neon": 0.5}, {"ink": 0.3, "neon": 0.6}]
     uses += [{"ink": Style(1.0, strength=0.5)}, {"ink": Style(1.0, strength=-1.0)}]
     prompt = "a fox in ink style in neon style"
-    assert differ(*(draw(pipe, prompt, style=use, guidance=StyleDrop(2.0, 3.0), steps=8) for use in uses))
+    assert differ(*(draw(pipe, prompt, style=use, guidance=StyleDrop(2.0, 3.0), steps=6, n=3) for use in uses))
 
 
 def test_styles_of_no_effect_are_the_base(pipe: Pipeline) -> None:

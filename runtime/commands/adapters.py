@@ -167,6 +167,8 @@ def _read(path: Path, alpha: float | None, recipe: str | None, model: str | None
         if alpha is not None or recipe is not None:
             raise StylemuseError(f"{path} is a canonical adapter, which has its scale; drop --alpha and --recipe")
         return canonical.load(path)
+    if not path.exists():
+        raise StylemuseError(f"{path} is not there; a canonical folder, a LoRA file or its folder is needed")
     target = Target(model or "demo")
     weights, sites = Weights(target.folder / "transformer"), target.config.sites()
     return lora.read(path, name="file", sites=sites, alpha=alpha, recipe=recipe, base_weights=weights)

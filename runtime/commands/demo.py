@@ -65,7 +65,7 @@ def demo(
         [(part, f"{spent['total']:.3f}", _figure(spent.get("median"))) for part, spent in parts.items()],
         numbers=("seconds", "per step"),
     )
-    say(f"{path}  {len(drawn)} pictures, {len(styles)} rows of styles in one batch, seed {seeds[0]}")
+    say(f"{path}  {len(drawn)} pictures ({len(styles)} x {len(SUBJECTS)}) in one batch, seed {seeds[0]}")
 
 
 def seconds(timings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -20,7 +20,7 @@ def one_line(text: str) -> str:
 
 def say(text: str) -> None:
     """Print a result; letters that standard output can't hold are escaped."""
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 

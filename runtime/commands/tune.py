@@ -67,15 +67,10 @@ def tune(
             losses.append(loss)
             update(done, total, f"loss {loss:.3f}")
 
-        try:
-            adapter = style.tune(
-                pipe, picture, prompt, name=name, descriptor=words, recipe=recipe, recommended=recommended, seed=seed,
-                on_step=on_step,
-            )  # fmt: skip
-        except RuntimeError as error:
-            if "training loss" not in str(error):
-                raise
-            raise StylemuseError(f"{error} after {len(losses)} steps; try a --rate below {recipe.rate:g}") from None
+        adapter = style.tune(
+            pipe, picture, prompt, name=name, descriptor=words, recipe=recipe, recommended=recommended, seed=seed,
+            on_step=on_step,
+        )  # fmt: skip
     spent = time.perf_counter() - began
     canonical.save(adapter, out)
     write_file(out / "reference.png", pictures.encoded(picture))

@@ -6,6 +6,7 @@ How often it is right, and how well its distance ignores the subject, is measure
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,11 +36,13 @@ HEADS: Mapping[str, tuple[str, ...]] = {
 """What each head tells apart. A style is all but the subject."""
 
 STYLE = tuple(head for head in HEADS if head != "subject")
-SAMPLES = 110_000
+SAMPLES = 64_000
 _BATCH = 64
 _USES = 3  # times a drawn picture is trained on, each time with other flaws
 _POOL = 4096  # drawn pictures at hand
+_KEEP = 200  # steps between saved states
 _RATE = 3e-3
+_STATISTICS = 2 * (32 + 64 + 128)  # means and deviations of the three stages' channels
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,9 @@ class Opinion:
         """The likeliest name per picture."""
         return [HEADS[head][index] for index in self.logits[head].argmax(dim=1).tolist()]
 
-    def look(self, row: int) -> Look:
-        """The likeliest look of one picture."""
-        rendering, ink, paper, extra = (self.names(head)[row] for head in STYLE)
-        return Look(rendering, None if ink == "none" else ink, paper, extra)
+    def take(self, rows: Tensor) -> Opinion:
+        """The opinion of these rows (B',), which may repeat."""
+        return Opinion({head: logits[rows] for head, logits in self.logits.items()}, self.statistics[rows])
 
     def distance(self, other: Opinion) -> Tensor:
         """(B,) style distances, row by row; see `style_distance`."""
@@ -87,11 +89,14 @@ class Judge(nn.Module):
         self.middle = nn.Sequential(_layer(32, 64, stride=2), _layer(64, 64))
         self.last = nn.Sequential(_layer(64, 128, stride=2), _layer(128, 128), _layer(128, 128))
         self.shape = nn.Sequential(nn.Flatten(), nn.Dropout(0.1), nn.Linear(128 * 16, len(SUBJECTS)))
-        self.hidden = nn.Sequential(nn.Linear(2 * (32 + 64 + 128), 192), nn.ReLU())
+        self.hidden = nn.Sequential(nn.BatchNorm1d(_STATISTICS), nn.Linear(_STATISTICS, 192), nn.ReLU())
         self.looks = nn.ModuleDict({head: nn.Linear(192, len(HEADS[head])) for head in STYLE})
+        for parameter in self.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, pictures: Tensor) -> Opinion:
-        fine = self.fine((pictures - 0.5) * 4)
+        fine = self.fine((pictures.contiguous(memory_format=torch.channels_last) - 0.5) * 4)
         middle = self.middle(fine)
         last = self.last(middle)
         statistics = _statistics(middle)
@@ -112,8 +117,8 @@ def style_distance(judge: Judge, a: Tensor, b: Tensor) -> Tensor:
 
         d = (mean over rendering, ink, paper, extra of TV(p_a, p_b)  +  |s_a - s_b| / (|s_a| + |s_b|)) / 2
 
-    p are a head's probabilities and TV their total variation: the chance that the judge, asked about both pictures,
-    gives different names; a picture whose ink is hard to tell is thus neither near nor far in ink. That part alone
+    p are a head's probabilities and TV their total variation: the least chance that one name drawn from each differs;
+    where both leave it in the dark to the same degree, they don't differ. That part alone
     saturates: two styles with no name in common are all at 1, however they look. s, means and deviations of a middle
     layer's channels (what style transfer matches: Huang and Belongie, arXiv 1703.06868), orders those, and near misses.
     Both parts are 0 for equal pictures and symmetric. `examine.separation` tells how well d ignores the subject.
@@ -123,7 +128,7 @@ def style_distance(judge: Judge, a: Tensor, b: Tensor) -> Tensor:
 
 def to_tensor(pictures: Sequence[Image.Image] | Sequence[Array]) -> Tensor:
     """Pictures (PIL, or fp32 (64, 64, 3) in 0..1) -> (B, 3, 64, 64); PIL ones of another size are resized."""
-    arrays = []
+    arrays: list[Array] = []
     for picture in pictures:
         if isinstance(picture, Image.Image):
             small = picture.convert("RGB").resize((PICTURE, PICTURE), Image.Resampling.LANCZOS)
@@ -134,17 +139,28 @@ def to_tensor(pictures: Sequence[Image.Image] | Sequence[Array]) -> Tensor:
 
 
 def train_judge(path: Path, samples: int = SAMPLES, seed: int = 0) -> Judge:
-    """The judge in ``path``; where there is none, or one trained otherwise, it is trained (about 5 minutes on one core).
+    """The judge in ``path``; where there is none, or one made with other samples or seed, it is trained there.
 
-    Interrupted training goes on from ``path`` with the ending ".partial.pt", removed at the end.
+    That takes about 6 minutes on one core. Interrupted, it goes on from ``path`` with the ending ".partial.pt".
     """
     made_with = {"samples": str(samples), "seed": str(seed)}
     if path.exists() and _made_with(path) == made_with:
         return load_judge(path)
+    partial = path.with_suffix(".partial.pt")
+    with torch.random.fork_rng(devices=[]):
+        judge = _trained(partial, samples, seed, made_with)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".partial")
+    save_file({name: value.contiguous() for name, value in judge.state_dict().items()}, fresh, metadata=made_with)
+    os.replace(fresh, path)
+    partial.unlink(missing_ok=True)
+    return judge
+
+
+def _trained(partial: Path, samples: int, seed: int, made_with: Mapping[str, str]) -> Judge:
     torch.manual_seed(seed)
-    judge = Judge().to(memory_format=torch.channels_last).train()
+    judge, done = Judge().train(), 0
     optimizer = torch.optim.AdamW(judge.parameters(), lr=_RATE, weight_decay=0.02)
-    partial, done = path.with_suffix(".partial.pt"), 0
     if (state := load(partial)) and state["made_with"] == made_with:
         judge.load_state_dict(state["judge"])
         optimizer.load_state_dict(state["optimizer"])
@@ -155,7 +171,7 @@ def train_judge(path: Path, samples: int = SAMPLES, seed: int = 0) -> Judge:
         for group in optimizer.param_groups:
             group["lr"] = _RATE * warm_hold_decay(done, samples, warm=50 * _BATCH, decay=0.6)
         pictures, labels = next(stream)
-        opinion = judge(flawed(pictures, chance).contiguous(memory_format=torch.channels_last))
+        opinion = judge(flawed(pictures, chance))
         losses = {head: F.cross_entropy(opinion.logits[head], labels[head], label_smoothing=0.02) for head in HEADS}
         optimizer.zero_grad(set_to_none=True)
         finite(losses["subject"] * 2 + sum(losses[head] for head in STYLE)).backward()
@@ -164,12 +180,9 @@ def train_judge(path: Path, samples: int = SAMPLES, seed: int = 0) -> Judge:
         if step % 50 == 0:
             shown = {head: float(loss.detach()) for head, loss in losses.items()}
             report(stage="judge", done=done, seconds=time.monotonic() - began, **shown)
-        if step % 200 == 0 and done < samples:
+        if step % _KEEP == 0 and done < samples:
             parts = {"judge": judge.state_dict(), "optimizer": optimizer.state_dict()}
-            save(partial, parts | {"made_with": made_with, "done": done})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in judge.state_dict().items()}, path, metadata=made_with)
-    partial.unlink(missing_ok=True)
+            save(partial, parts | {"made_with": dict(made_with), "done": done})
     return judge.eval()
 
 
@@ -181,7 +194,7 @@ def load_judge(path: Path) -> Judge:
             judge.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except Exception as error:  # safetensors' and torch's errors share no base
         raise StylemuseError(f"{path} is not a judge of this release: {str(error).splitlines()[0]}") from None
-    return judge.to(memory_format=torch.channels_last).eval()
+    return judge.eval()
 
 
 def _made_with(path: Path) -> dict[str, str]:
@@ -199,7 +212,7 @@ def labels_of(subject: str, look: Look) -> dict[str, str]:
 
 
 def _batches(numbers: np.random.Generator) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Endless (pictures (B, 3, 64, 64), by head the index of the right name (B,)) from a pool that is always renewed."""
+    """Endless (pictures (B, 3, 64, 64), by head the index of the right name (B,)), from a pool always renewed."""
     source = World(PICTURE).samples(numbers, held_out=True)
     pictures, answers = (
         torch.zeros(_POOL, 3, PICTURE, PICTURE, dtype=torch.uint8),
@@ -227,4 +240,5 @@ def _layer(inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1) -> nn
 def _statistics(features: Tensor) -> Tensor:
     """(B, C, h, w) -> (B, 2 C): each channel's mean and standard deviation over the picture."""
     variance, mean = torch.var_mean(features, dim=(2, 3), correction=0)
-    return torch.cat([mean, (variance + 1e-5).sqrt()], dim=1)
+    # The root of a channel at rest has a gradient of 1 / (2 sqrt(c)): a small c lets those few drown all others.
+    return torch.cat([mean, (variance + 0.01).sqrt()], dim=1)

@@ -33,6 +33,8 @@ from .training import Average, finite, load, mask_at_random, report, save, warm_
 from .world import Look, World, random_caption, vocabulary
 
 TEXT_LENGTH = 20
+# The network has no position embeddings: a position is known by the zeros at the border that its convolutions have
+# reached. On the 8 x 8 working grid it takes four of them, before the layers that mix all positions.
 TRANSFORMER = AmusedConfig(
     hidden_size=192,
     cond_embed_dim=64,
@@ -43,11 +45,11 @@ TRANSFORMER = AmusedConfig(
     codebook_size=pretrain_vq.CONFIG.num_vq_embeddings,
     in_channels=128,
     block_out_channels=128,
-    num_res_blocks=1,
+    num_res_blocks=4,
     downsample=True,
     upsample=True,
     block_num_heads=4,
-    num_hidden_layers=6,
+    num_hidden_layers=4,
     num_attention_heads=4,
     intermediate_size=512,
     sample_size=16,
@@ -76,6 +78,8 @@ class Painter(nn.Module):
                 eos_token_id=end,
             )
         )
+        # Words must outweigh what the untrained layers add to them, or all captions look alike for long.
+        nn.init.normal_(self.text.token.weight, std=0.3)
         self.transformer = Amused(TRANSFORMER)
         depth = (2 * TRANSFORMER.num_hidden_layers) ** -0.5
         for module in self.transformer.modules():

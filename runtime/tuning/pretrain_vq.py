@@ -2,14 +2,16 @@
 
 loss = |x - r| + 2 |x - r|^2 + edges |grad x - grad r| + 0.25 |z - e|^2
 
-The first pictures pass without quantization, so that the codebook starts from latents that mean something. It then
-follows its codes by moving averages (van den Oord 2017, appendix A.1); codes that no latent uses are moved onto latents
-of the current batch. Every look is seen, the held-out ones too: a real tokenizer knows all textures.
+The first half passes without quantization. Then the codebook is spread over the latents, far apart rather than by
+density: more than half of a pictogram is flat paper, and codes that are doubles of each other would be noise which the
+transformer has to learn. From there the codes follow their latents by moving averages (van den Oord 2017, A.1). Every look is seen, the held-out ones too: a real tokenizer knows all textures.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +21,13 @@ from torch import Tensor, nn
 from .. import weights
 from ..models.vq import VQ, ResnetBlock, VQConfig, channels_last
 from .training import Average, batches, finite, load, report, save, warm_hold_decay
-from .world import World
+from .world import Array, Look, World
 
 CONFIG = VQConfig(
     block_out_channels=(24, 48, 96),
     layers_per_block=1,
     latent_channels=32,
-    num_vq_embeddings=1024,
+    num_vq_embeddings=384,
     norm_num_groups=8,
     vq_embed_dim=8,
 )
@@ -34,28 +36,33 @@ _BATCH = 8
 _RATE = 1e-3
 _CROP = 32  # pixels; most of the training sees crops, for four times the steps
 _WHOLE = 0.2  # the last part, on whole pictures, so that the group norms see what they will see in use
-_CODE_DECAY = 0.98
-_DEAD = 0.05  # expected uses per batch under which a code is moved
-_CONTINUOUS = 4000  # pictures before quantization and the loss on edges start; earlier, edges slow the colours down
+_CODE_DECAY = 0.99
+_DEAD = 0.02  # uses per batch under which a code is moved
+_CONTINUOUS = 0.5  # the part before quantization and the loss on edges start; earlier, edges slow the colours down
 _EDGES = 0.3
+_SPREAD_OVER = 192  # pictures whose latents the codebook is spread over
 
 
 class CodebookAverages:
     """Running counts and sums per code; the codebook is their quotient."""
 
-    def __init__(self, model: VQ, generator: torch.Generator) -> None:
+    def __init__(self, model: VQ, generator: torch.Generator, *, started: bool) -> None:
         self.table = model.quantize.embedding.weight
         self.generator = generator
         self.counts = torch.ones(self.table.shape[0])
         self.sums = self.table.detach().clone()
-        self.started = False
+        self.started = started
 
     @torch.no_grad()
     def start(self, latent: Tensor) -> None:
-        """Put every code on one of the latents (M, D), with a little noise against doubles."""
-        chosen = latent[torch.randint(len(latent), (len(self.counts),), generator=self.generator)]
-        noise = torch.randn(chosen.shape, generator=self.generator)
-        self.table.copy_(chosen + 0.02 * latent.std(0) * noise)
+        """Put the codes on latents (M, D) far from each other: k-means++ with the fourth power of the distance."""
+        chosen = [latent[0]]
+        distance = (latent - latent[0]).square().sum(1)
+        while len(chosen) < len(self.counts):
+            place = torch.multinomial(distance.double().square(), 1, generator=self.generator)
+            chosen.append(latent[int(place)])
+            distance = torch.minimum(distance, (latent - chosen[-1]).square().sum(1))
+        self.table.copy_(torch.stack(chosen))
         self.sums, self.counts, self.started = self.table.detach().clone(), torch.ones_like(self.counts), True
 
     @torch.no_grad()
@@ -63,10 +70,11 @@ class CodebookAverages:
         """Latents (M, D) and the codes (M,) they were given."""
         self.counts.mul_(_CODE_DECAY).add_(torch.bincount(ids, minlength=len(self.counts)), alpha=1 - _CODE_DECAY)
         self.sums.mul_(_CODE_DECAY).index_add_(0, ids, latent, alpha=1 - _CODE_DECAY)
-        dead = (self.counts < _DEAD).nonzero()[:, 0]
+        dead = (self.counts < _DEAD).nonzero()[:1, 0]
         if len(dead):
-            chosen = torch.randint(len(latent), (len(dead),), generator=self.generator)
-            self.sums[dead], self.counts[dead] = latent[chosen], 1.0
+            # One at a time, onto the latent that is served worst, so that no doubles arise.
+            worst = (latent - self.table[ids]).square().sum(1).argmax()
+            self.sums[dead], self.counts[dead] = latent[worst], 1.0
         self.table.copy_(self.sums / self.counts[:, None])
 
 
@@ -81,7 +89,7 @@ def train(folder: Path, samples: int, *, start: Path | None = None, seed: int = 
     trained = [value for value in model.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=_RATE, betas=(0.9, 0.98), weight_decay=1e-4)
     average = Average(model, 0.998)
-    codes = CodebookAverages(model, torch.Generator().manual_seed(seed))
+    codes = CodebookAverages(model, torch.Generator().manual_seed(seed), started=start is not None)
     done = 0
     path = folder / "vq.pt"
     if state := load(path):
@@ -89,7 +97,7 @@ def train(folder: Path, samples: int, *, start: Path | None = None, seed: int = 
         optimizer.load_state_dict(state["optimizer"])
         average.restore(state["average"])
         codes.counts, codes.sums, done = state["counts"], state["sums"], state["done"]
-        codes.started = done > _CONTINUOUS or start is not None
+        codes.started = bool(state["started"])
     numbers = np.random.default_rng([seed, 1, done])
     stream = batches(World(PICTURE).samples(numbers, held_out=True), _BATCH)
     started, step = time.monotonic(), 0
@@ -99,7 +107,10 @@ def train(folder: Path, samples: int, *, start: Path | None = None, seed: int = 
         x = torch.from_numpy(np.stack([picture for _, _, picture in next(stream)])).permute(0, 3, 1, 2)
         if done < (1 - _WHOLE) * samples:
             x = _cropped(x, numbers)
-        loss, error = _loss(model, codes if done >= _CONTINUOUS else None, x)
+        quantized = codes.started or done >= _CONTINUOUS * samples
+        if quantized and not codes.started:
+            codes.start(_latents(model, World(PICTURE).samples(numbers, held_out=True)))
+        loss, error = _loss(model, codes if quantized else None, x)
         optimizer.zero_grad(set_to_none=True)
         finite(loss).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -118,7 +129,7 @@ def train(folder: Path, samples: int, *, start: Path | None = None, seed: int = 
             )
         if step % 400 == 0 or done >= samples:
             parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state()}
-            save(path, parts | {"counts": codes.counts, "sums": codes.sums, "done": done})
+            save(path, parts | {"counts": codes.counts, "sums": codes.sums, "started": codes.started, "done": done})
     model.load_state_dict(average.values, strict=True)
     return model.eval()
 
@@ -134,6 +145,16 @@ def _initialize(model: VQ) -> None:
         nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
 
 
+@torch.no_grad()
+def _latents(model: VQ, source: Iterator[tuple[str, Look, Array]]) -> Tensor:
+    """Latents (M, D) of a few hundred pictures."""
+    made = []
+    for batch in islice(batches(source, _BATCH), _SPREAD_OVER // _BATCH):
+        x = torch.from_numpy(np.stack([picture for _, _, picture in batch])).permute(0, 3, 1, 2)
+        made.append(model.latent(x).permute(0, 2, 3, 1).flatten(0, 2))
+    return torch.cat(made)
+
+
 def _cropped(x: Tensor, numbers: np.random.Generator) -> Tensor:
     """One window at a random place for the whole batch, on token borders."""
     top, left = (CONFIG.factor * numbers.integers((PICTURE - _CROP) // CONFIG.factor + 1, size=2)).tolist()
@@ -147,8 +168,6 @@ def _loss(model: VQ, codes: CodebookAverages | None, x: Tensor) -> tuple[Tensor,
     chosen = latent
     if codes is not None:
         flat = latent.detach().permute(0, 2, 3, 1).reshape(-1, latent.shape[1])
-        if not codes.started:
-            codes.start(flat)
         ids = model.quantize.nearest(latent.detach())
         chosen = model.quantize.look_up(ids)
         commit = (latent - chosen).square().mean()

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import StylemuseError
+
 State = dict[str, Any]
 
 
@@ -78,7 +80,7 @@ def batches(source: Iterator[Any], size: int) -> Iterator[list[Any]]:
 def finite(loss: Tensor) -> Tensor:
     """The loss, or an error at the step where it stopped being a number."""
     if not torch.isfinite(loss):
-        raise RuntimeError(f"the training loss became {float(loss)}")
+        raise StylemuseError(f"the training loss became {float(loss.detach())}; a lower rate (--rate) may help")
     return loss
 
 
