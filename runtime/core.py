@@ -71,19 +71,32 @@ class Sampling:
     """How tokens are drawn.
 
     Attributes:
-        steps: decoding steps T.
+        steps: decoding steps T; None takes the style's recommendation, else the model's.
         schedule: "amused", "styledrop" or "maskgit".
         temperature: of the choice which tokens to keep; None is the schedule's own, aMUSEd also takes (first, last).
         ramp: how guidance grows over the steps: "constant", "linear" (Muse), "after_first" (StyleDrop-PyTorch).
     """
 
-    steps: int = 12
+    steps: int | None = None
     schedule: str = "amused"
     temperature: float | tuple[float, float] | None = None
     ramp: str = "constant"
 
     def __post_init__(self) -> None:
-        _check_count("steps", self.steps, MAX_STEPS)
+        if self.steps is not None:
+            _check_count("steps", self.steps, MAX_STEPS)
+        for name in ("schedule", "ramp"):
+            if not isinstance(getattr(self, name), str):
+                raise StylemuseError(f"{name} {getattr(self, name)!r} is not allowed: a name")
+        if self.temperature is not None:
+            self._check_temperature(self.temperature)
+
+    def _check_temperature(self, given: float | tuple[float, float]) -> None:
+        values = given if isinstance(given, tuple) else (given,)
+        if len(values) > 2 or not all(_is_number(value) and value >= 0 for value in values):
+            raise StylemuseError(f"temperature {given!r} is not allowed: a number of at least 0, or (first, last)")
+        if isinstance(given, tuple) and (self.schedule != "amused" or len(given) != 2):
+            raise StylemuseError(f"temperatures {given!r} are not allowed: (first, last), for schedule 'amused'")
 
 
 @dataclass(frozen=True)
@@ -130,8 +143,19 @@ class Request:
             raise StylemuseError("a mask needs the image it masks")
         if self.image is None and self.strength != 1:
             raise StylemuseError("strength has no effect without an image to start from")
-        if self.size is not None and not (len(self.size) == 2 and all(_is_whole(side) for side in self.size)):
+        if self.size is not None and not (_is_pair(self.size) and all(_is_whole(side) for side in self.size)):
             raise StylemuseError(f"size {self.size!r} is not allowed: (width, height) in pixels")
+        if not (self.style is None or isinstance(self.style, (str, Mapping))):
+            raise StylemuseError(f"style {self.style!r} is not allowed: a name, {{name: weight}} or None")
+        if not (self.sampling is None or isinstance(self.sampling, Sampling)):
+            raise StylemuseError(f"sampling {self.sampling!r} is not allowed: a Sampling or None")
+        if not (self.guidance is None or callable(getattr(self.guidance, "branches", None))):
+            raise StylemuseError(f"guidance {self.guidance!r} is not allowed: CFG, StyleDrop or ObjectInStyle, or None")
+        for name in ("image", "mask"):
+            picture = getattr(self, name)
+            if not (picture is None or hasattr(picture, "convert")):
+                raise StylemuseError(f"{name} {picture!r} is not allowed: a PIL image")
+        self.styles()
 
     def styles(self) -> dict[str, Style]:
         """The styles by name, a bare name or number written out."""
@@ -162,6 +186,10 @@ class Result:
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2
 
 
 def _is_number(value: object) -> bool:

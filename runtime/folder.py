@@ -96,7 +96,7 @@ def write_model(
         tensors = {name: value.to(dtype) for name, value in weights.to_checkpoint(network, _TABLES[part]).items()}
         save_file(tensors, folder / part / f"{stem}.safetensors", metadata={"format": "pt"})
         _write_json(folder / part / "config.json", {"_class_name": _PARTS[part][1]} | config)
-    schedule = {"mask_token_id": transformer.config.mask_id, "masking_schedule": "cosine", "temperature": [2, 0]}
+    schedule = {"mask_token_id": transformer.config.mask_id, "masking_schedule": "cosine"}
     (folder / "scheduler").mkdir(exist_ok=True)
     _write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "AmusedScheduler"} | schedule)
     index = {part: list(kind) for part, kind in _PARTS.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, overload
@@ -16,13 +16,13 @@ from . import hub
 from .adapters.bank import Bank
 from .adapters.library import Library
 from .cache import Recent
-from .core import Branch, Request, Result, StylemuseError
+from .core import Branch, Request, Result, Sampling, StylemuseError
 from .decoding.loop import Canvas, Timings, decode
 from .folder import read_model, weights_sha256
 from .kernels.rows import BASE
 from .machine import choose
 from .models.text import TextOutput
-from .planning import Plan, default_sampling, plan
+from .planning import Plan, plan
 from .reference import Context, Reference
 
 BACKENDS = ("reference",)
@@ -132,8 +132,8 @@ class Pipeline:
             options: the fields of `Request`; also ``steps`` and ``schedule``, short for a `Sampling`.
                 ``negative_prompt`` may be a list as long as the prompts.
         """
-        options = self._with_sampling(options)
-        if isinstance(prompt, str):
+        options = _with_sampling(options)
+        if isinstance(prompt, str) or not isinstance(prompt, Sequence):
             return self.run([_request(prompt, options)], on_step=on_step)[0]
         prompts, negative = list(prompt), options.pop("negative_prompt", "")
         negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
@@ -149,11 +149,18 @@ class Pipeline:
         Everything is checked before anything is computed.
         """
         began = time.perf_counter()
-        plans = [self._plan(request) for request in requests]
         bank, held = self.adapters.bank, dict[str, int]()
+
+        def hold(names: Iterable[str]) -> None:
+            for name in names:
+                if name not in held:
+                    held[name] = bank.acquire(name)
+
         try:
-            for name in sorted(frozenset[str]().union(*(plan.styles for plan in plans))):
-                held[name] = bank.acquire(name)
+            # Held before anything of them is read: a swap from here on is for later requests.
+            hold(name for request in requests for name in request.styles())
+            plans = [self._plan(request, held) for request in requests]
+            hold(name for plan in plans for name in plan.styles)
             return self._draw(plans, held, on_step, began)
         finally:
             for slot in held.values():
@@ -179,25 +186,16 @@ class Pipeline:
             for pictures, tokens, plan in zip(images, grids, plans, strict=True)
         ]
 
-    def _plan(self, request: Request) -> Plan:
-        adapters = {name: self.adapters[name] for name in request.styles()}
+    def _plan(self, request: Request, slots: Mapping[str, int]) -> Plan:
+        adapters = {name: self.adapters.bank.resident(slots[name]) for name in request.styles()}
         return plan(request, adapters, self.defaults, self.network, self.name)
-
-    def _with_sampling(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Replace ``steps`` and ``schedule`` by a `Sampling`."""
-        rest = dict(options)
-        short = {name: rest.pop(name) for name in ("steps", "schedule") if rest.get(name) is not None}
-        rest = {name: value for name, value in rest.items() if name not in ("steps", "schedule")}
-        if short:
-            rest["sampling"] = replace(rest.get("sampling") or default_sampling({}, self.defaults), **short)
-        return rest
 
     def _canvases(self, plan: Plan, slots: Mapping[str, int], timings: dict[str, Any]) -> list[Canvas]:
         contexts = tuple(self._context(branch, plan.grid, slots, timings) for branch in plan.branches)
         weights = tuple(branch.weights for branch in plan.branches)
         device = self.network.device
         return [
-            Canvas(known.tokens.to(device), known.unknown.to(device), seed, known.steps, contexts, weights)
+            Canvas(known.tokens.to(device), known.unknown.to(device), seed, known.steps, contexts, weights, plan.grid)
             for seed, known in zip(plan.seeds, plan.starts, strict=True)
         ]
 
@@ -240,6 +238,15 @@ class Pipeline:
             on_step(Preview(behind.step, len(behind.steps), requests, tokens, images))
 
         return report
+
+
+def _with_sampling(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace ``steps`` and ``schedule`` by a `Sampling`."""
+    rest = dict(options)
+    short = {name: rest.pop(name, None) for name in ("steps", "schedule")}
+    if given := {name: value for name, value in short.items() if value is not None}:
+        rest["sampling"] = replace(rest.get("sampling") or Sampling(), **given)
+    return rest
 
 
 def _request(prompt: str, options: Mapping[str, Any]) -> Request:

@@ -39,24 +39,36 @@ def plan(
         defaults: the model's: "steps", "scale".
         model: its name, for errors.
     """
-    sampling = request.sampling or default_sampling(adapters, defaults)
+    sampling = request.sampling or Sampling()
+    steps = sampling.steps or _steps(adapters, defaults)
     guidance = request.guidance or _guidance(adapters, defaults)
     prompt = " ".join([request.prompt.strip(), *_descriptors(request.prompt, adapters)])
     negative, styles = request.negative_prompt.strip(), request.styles()
-    branches = guidance.branches(prompt, negative, styles, sampling.steps, sampling.ramp)
+    branches = guidance.branches(prompt, negative, styles, steps, sampling.ramp)
+    _check_effects(guidance.branches(prompt, negative, styles, steps), branches, negative, sampling.ramp, guidance)
     grid = _grid(request.size, network.transformer.config, network.vq.config.factor, model)
     seeds = image_seeds(fresh_seed() if request.seed is None else request.seed, request.n)
-    starts = start.prepare(request, grid, seeds, sampling, network)
-    skipped = sampling.steps - len(starts[0].steps)
+    starts = start.prepare(request, grid, seeds, replace(sampling, steps=steps), network)
+    skipped = steps - len(starts[0].steps)
     branches = tuple(replace(branch, weights=branch.weights[skipped:]) for branch in branches)
     used = frozenset(branch.style for branch in branches if branch.style is not None)
     return Plan(branches, used, seeds, grid, starts)
 
 
-def default_sampling(adapters: Mapping[str, Adapter], defaults: Mapping[str, Any]) -> Sampling:
+def _check_effects(
+    constant: tuple[Branch, ...], branches: tuple[Branch, ...], negative: str, ramp: str, guidance: Guidance
+) -> None:
+    """Refuse what would change nothing; ``constant`` is what the branches are without a ramp."""
+    if negative and all(branch.prompt != negative for branch in constant):
+        raise StylemuseError(f"the negative prompt has no effect with {guidance}; raise its guidance or leave it out")
+    if ramp != "constant" and branches == constant:
+        raise StylemuseError(f"the ramp {ramp!r} has no effect with {guidance}; raise its guidance or leave it out")
+
+
+def _steps(adapters: Mapping[str, Adapter], defaults: Mapping[str, Any]) -> int:
     """The most steps any of the styles recommends, else the model's."""
     steps = [adapter.recommended["steps"] for adapter in adapters.values() if "steps" in adapter.recommended]
-    return Sampling(steps=int(max(steps, default=defaults.get("steps", 12))))
+    return int(max(steps, default=defaults.get("steps", 12)))
 
 
 def _guidance(adapters: Mapping[str, Adapter], defaults: Mapping[str, Any]) -> Guidance:

@@ -38,6 +38,8 @@ from stylemuse.kernels.rows import BASE
 
 STYLES = (None, "ink", "neon", {"ink": 0.5}, {"ink": 0.4, "neon": 0.6}, {"neon": Style(1.0, strength=0.5)})
 RECIPES = (None, CFG(1.0), CFG(5.0), StyleDrop(0.0, 0.0), StyleDrop(2.0, 5.0), StyleDrop(3.0, 3.0))
+UNGUIDED = (CFG(1.0), StyleDrop(0.0, 0.0))
+"""Recipes a negative prompt or a ramp has no effect with, and is refused."""
 SIZES = ((32, 32), (16, 32), (40, 24), (16, 16))
 
 
@@ -50,18 +52,21 @@ def pipe(tiny_model: Path) -> Pipeline:
 def any_request(choice: random.Random) -> Request:
     """A request of any kind."""
     style, guidance = choice.choice(STYLES), choice.choice(RECIPES)
+    if style and choice.random() < 0.2:
+        guidance = ObjectInStyle("neon", "a cat")
+    guided = guidance not in UNGUIDED
     return Request(
         prompt=choice.choice(("a fox", "a cat", "an owl in the castle")),
         style=style,
-        negative_prompt=choice.choice(("", "a frog")),
+        negative_prompt=choice.choice(("", "a frog")) if guided else "",
         n=choice.choice((1, 1, 2)),
         seed=choice.getrandbits(60),
         sampling=Sampling(
             steps=choice.choice((1, 3, 5, 8)),
             schedule=choice.choice(("amused", "styledrop", "maskgit")),
-            ramp=choice.choice(("constant", "linear", "after_first")),
+            ramp=choice.choice(("constant", "linear", "after_first")) if guided else "constant",
         ),
-        guidance=ObjectInStyle("neon", "a cat") if style and choice.random() < 0.2 else guidance,
+        guidance=guidance,
         size=choice.choice(SIZES),
         image=noise(choice.getrandbits(8)) if choice.random() < 0.2 else None,
     )

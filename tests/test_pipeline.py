@@ -197,7 +197,8 @@ def test_what_is_left_open_is_as_recommended(tiny_model: Path) -> None:
 
 def test_a_whole_strength_draws_everything_anew(pipe: Pipeline) -> None:
     assert np.array_equal(draw(pipe, image=noise(), strength=1.0), draw(pipe))
-    assert np.array_equal(draw(pipe, image=noise(), mask=Image.new("L", (32, 32), 255)), draw(pipe))
+    request = Request("a fox", image=noise(), mask=Image.new("L", (32, 32), 255))
+    assert start.prepare(request, (8, 8), (5,), Sampling(4), pipe.network)[0].unknown.all()
 
 
 def test_smaller_strengths_keep_more(pipe: Pipeline) -> None:
@@ -225,7 +226,7 @@ def test_outside_the_mask_nothing_changes(pipe: Pipeline) -> None:
     assert differ(*tokens[:, :, :4], codes[:, :4])
     gentle = draw(pipe, image=picture, mask=mask, strength=0.5, steps=6)[0]
     assert np.array_equal(gentle[:, 4:], codes[:, 4:])
-    assert 0 < (gentle[:, :4] != codes[:, :4]).sum() < 32
+    assert differ(gentle[:, :4], tokens[0][:, :4])
 
 
 def test_pictures_of_any_size_and_mode(pipe: Pipeline) -> None:

@@ -25,7 +25,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     r"unknown option colour; allowed: prompt, style, .*steps, schedule$": {"colour": "red"},
     r"schedule 'cosine' is unknown; allowed: amused, styledrop, maskgit$": {"schedule": "cosine"},
     r"guidance ramp 'up' is unknown: 'constant', 'linear', 'after_first'$": {"sampling": Sampling(ramp="up")},
-    r"temperature -1\.0 is not allowed": {"sampling": Sampling(temperature=-1.0)},
     r"steps = 0 is not allowed: a whole number from 1 to 1000$": {"steps": 0},
     r"n = 0 is not allowed: a whole number from 1 to 256$": {"n": 0},
     r"seed -1 is not allowed: 0 to 2\^63 - 1$": {"seed": -1},
@@ -59,6 +58,10 @@ OF_A_WRONG_KIND: dict[str, Callable[[], dict[str, Any]]] = {
     "schedule": lambda: {"schedule": ["amused"]},
     "ramp": lambda: {"sampling": Sampling(ramp=["linear"])},  # type: ignore[arg-type]
     "temperature": lambda: {"sampling": Sampling(temperature="hot")},  # type: ignore[arg-type]
+    r"temperature -1\.0 is not allowed": lambda: {"sampling": Sampling(temperature=-1.0)},
+    r"temperature \(1\.0, 2\.0, 3\.0\)": lambda: {"sampling": Sampling(temperature=(1.0, 2.0, 3.0))},  # type: ignore[arg-type]
+    "negative prompt has no effect": lambda: {"guidance": CFG(1.0), "negative_prompt": "a cat"},
+    "ramp 'linear' has no effect": lambda: {"guidance": CFG(1.0), "sampling": Sampling(ramp="linear")},
     "CFG scale": lambda: {"guidance": CFG("3")},  # type: ignore[arg-type]
     "StyleDrop style": lambda: {"guidance": StyleDrop(style=None)},  # type: ignore[arg-type]
 }
@@ -97,8 +100,7 @@ def test_prompts(pipe: Pipeline, prompts: Any) -> None:
 
 @pytest.mark.parametrize("schedule", ["styledrop", "maskgit"])
 def test_a_pair_of_temperatures_is_for_amused(pipe: Pipeline, schedule: str) -> None:
-    sampling = Sampling(schedule=schedule, temperature=(2.0, 0.0))
-    refused(lambda: draw(pipe, sampling=sampling), "temperature")
+    refused(lambda: draw(pipe, sampling=Sampling(schedule=schedule, temperature=(2.0, 0.0))), "temperature")
 
 
 @pytest.mark.parametrize("steps", [3, 7, 12, 49, 1000])

@@ -204,5 +204,7 @@ def _branches(unguided: Terms, guidance: Terms, ramp: list[float]) -> tuple[Bran
 
 def _check_numbers(recipe: object, **numbers: float) -> None:
     for name, number in numbers.items():
-        if not (math.isfinite(number) and number >= 0.0):
-            raise StylemuseError(f"{type(recipe).__name__} {name} {number} is not allowed: a finite number, at least 0")
+        if not (isinstance(number, (int, float)) and math.isfinite(number) and number >= 0.0):
+            raise StylemuseError(
+                f"{type(recipe).__name__} {name} {number!r} is not allowed: a finite number, at least 0"
+            )

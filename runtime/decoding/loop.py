@@ -63,6 +63,7 @@ class Canvas:
         steps: the numbers of every step, made for this count of unknown positions.
         contexts: one per branch, opaque to the loop. The same object means the same context.
         weights: one tuple per branch, one weight per step; they sum to 1 at every step.
+        shape: what the network needs beyond the number of tokens to compute canvases together, say (h, w).
         step: steps done.
         masked: positions masked now, counted once and then known from the schedule.
     """
@@ -73,6 +74,7 @@ class Canvas:
     steps: Steps
     contexts: tuple[Any, ...]
     weights: tuple[tuple[float, ...], ...]
+    shape: tuple[int, ...] = ()
     step: int = 0
     masked: int = field(init=False)
 
@@ -123,11 +125,11 @@ def decode(
 @torch.no_grad()
 def advance(network: Network, canvases: Sequence[Canvas], timings: Timings | None = None) -> None:
     """One decoding step for each canvas. ``timings`` collects seconds, at the price of waiting for the device."""
-    by_size: dict[int, list[Canvas]] = {}
+    alike: dict[tuple[int, ...], list[Canvas]] = {}
     for canvas in canvases:
         assert not canvas.finished
-        by_size.setdefault(len(canvas.tokens), []).append(canvas)
-    for group in by_size.values():
+        alike.setdefault((len(canvas.tokens), *canvas.shape), []).append(canvas)
+    for group in alike.values():
         with _timed(timings, "step", group[0].tokens.device):
             _advance(network, group, timings)
 

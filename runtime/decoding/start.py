@@ -3,7 +3,7 @@
 Start        unknown positions                                              schedule
 none         all                                                            from its first step
 picture      round-down N cos(pi/2 first/T) of them, placed by Philox       from step first = T - floor(T strength)
-with mask    as above, of the masked region only                            the curve starts at the region's share
+with mask    the masked region                                              likewise; aMUSEd's curve is linear here
 
 Peers: AmusedImg2ImgPipeline and AmusedInpaintPipeline (diffusers). There a strength of 1.0 masks nothing, because the
 index of the first step wraps around; here it masks everything.
@@ -48,30 +48,33 @@ class Start:
 def prepare(
     request: Request, grid: tuple[int, int], seeds: tuple[int, ...], sampling: Sampling, network: Tokenizer
 ) -> tuple[Start, ...]:
-    """The start of each of a request's pictures."""
-    size = grid[0] * grid[1]
-    schedule = _schedule(sampling)
+    """The start of each of a request's pictures; ``sampling`` says how many steps an empty one would take."""
+    size, schedule, count = grid[0] * grid[1], _schedule(sampling), sampling.steps
+    assert count is not None, "the number of steps is decided by now"
     if request.image is None:
-        steps = schedule(size, size, sampling.steps)
-        blank = Start(torch.zeros(size, dtype=torch.int64), torch.ones(size, dtype=torch.bool), steps)
-        return (blank,) * len(seeds)
-    first = sampling.steps - math.floor(sampling.steps * request.strength)
-    if first == sampling.steps:
-        least = 1 / sampling.steps
-        raise StylemuseError(
-            f"strength {request.strength:g} redraws nothing in {sampling.steps} steps; at least {least:.3g}"
+        blank = Start(
+            torch.zeros(size, dtype=torch.int64), torch.ones(size, dtype=torch.bool), schedule(size, size, count)
         )
-    region = torch.ones(size, dtype=torch.bool) if request.mask is None else _region(request.mask, grid)
+        return (blank,) * len(seeds)
+    # 49 * (1 / 49) is a little less than 1: what is meant is one step.
+    first = count - math.floor(count * request.strength + 1e-9)
+    if first == count:
+        least = math.ceil(1000 / count) / 1000
+        raise StylemuseError(f"strength {request.strength:g} redraws nothing in {count} steps; at least {least:g}")
+    codes = network.codes(request.image, grid).flatten().cpu()
+    if request.mask is None:
+        lost = max(1, math.floor(size * math.cos(math.pi / 2 * first / count)))
+        steps = schedule(size, lost, count, first=first)
+        return tuple(Start(codes, _lost(size, lost, seed), steps) for seed in seeds)
+    region = _region(request.mask, grid)
     inside = int(region.sum())
     if inside == 0:
         raise StylemuseError("the mask is black everywhere; white marks what is to be drawn anew")
-    lost = max(1, math.floor(inside * math.cos(math.pi / 2 * first / sampling.steps)))
-    options: dict[str, Any] = {"first": first}
-    if sampling.schedule != "maskgit":
-        options["starting_ratio"] = inside / size
-    steps = schedule(size, lost, sampling.steps, **options)
-    codes = network.codes(request.image, grid).flatten().cpu()
-    return tuple(Start(codes, _lost(region, lost, seed), steps) for seed in seeds)
+    options: dict[str, Any] = {} if sampling.schedule == "maskgit" else {"starting_ratio": inside / size}
+    if sampling.schedule == "amused":
+        options["curve"] = "linear"
+    steps = schedule(size, inside, count, first=first, **options)
+    return (Start(codes, region, steps),) * len(seeds)
 
 
 def _schedule(sampling: Sampling) -> Callable[..., Steps]:
@@ -93,10 +96,9 @@ def _region(mask: Image.Image, grid: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.asarray(small) >= 128).flatten()
 
 
-def _lost(region: Tensor, count: int, seed: int) -> Tensor:
-    """(N,) bool: ``count`` positions of the region, those with the smallest Philox words; ties by lowest index."""
-    counter = torch.zeros(len(region), 4, dtype=torch.int64)
-    counter[:, 0], counter[:, 2] = START_STREAM, torch.arange(len(region))
+def _lost(size: int, count: int, seed: int) -> Tensor:
+    """(N,) bool: the ``count`` positions with the smallest Philox words; ties by lowest index."""
+    counter = torch.zeros(size, 4, dtype=torch.int64)
+    counter[:, 0], counter[:, 2] = START_STREAM, torch.arange(size)
     words = philox4x32(counter, torch.stack(split_seed(torch.tensor(seed))))[:, 0]
-    order = words.masked_fill(~region, 2**32).argsort(stable=True)
-    return torch.zeros_like(region).scatter(0, order[:count], True)
+    return torch.zeros(size, dtype=torch.bool).scatter(0, words.argsort(stable=True)[:count], True)

@@ -36,13 +36,13 @@ HEADS: Mapping[str, tuple[str, ...]] = {
 """What each head tells apart. A style is all but the subject."""
 
 STYLE = tuple(head for head in HEADS if head != "subject")
-SAMPLES = 64_000
+SAMPLES = 72_000
 _BATCH = 64
 _USES = 3  # times a drawn picture is trained on, each time with other flaws
 _POOL = 4096  # drawn pictures at hand
 _KEEP = 200  # steps between saved states
 _RATE = 3e-3
-_STATISTICS = 2 * (32 + 64 + 128)  # means and deviations of the three stages' channels
+_STATISTICS = 2 * (32 + 64 + 128 + 128)  # means and deviations of the channels that tell the look
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ class Judge(nn.Module):
         self.middle = nn.Sequential(_layer(32, 64, stride=2), _layer(64, 64))
         self.last = nn.Sequential(_layer(64, 128, stride=2), _layer(128, 128), _layer(128, 128))
         self.shape = nn.Sequential(nn.Flatten(), nn.Dropout(0.1), nn.Linear(128 * 16, len(SUBJECTS)))
+        self.texture = _layer(64, 128, 1)
         self.hidden = nn.Sequential(nn.BatchNorm1d(_STATISTICS), nn.Linear(_STATISTICS, 192), nn.ReLU())
         self.looks = nn.ModuleDict({head: nn.Linear(192, len(HEADS[head])) for head in STYLE})
         for parameter in self.parameters():
@@ -100,7 +101,8 @@ class Judge(nn.Module):
         middle = self.middle(fine)
         last = self.last(middle)
         statistics = _statistics(middle)
-        hidden = self.hidden(torch.cat([_statistics(fine), statistics, _statistics(last)], dim=1))
+        others = [_statistics(layer) for layer in (fine, self.texture(middle), last)]
+        hidden = self.hidden(torch.cat([statistics, *others], dim=1))
         logits = {"subject": self.shape(F.max_pool2d(last, 2))}
         return Opinion(logits | {head: layer(hidden) for head, layer in self.looks.items()}, statistics)
 
@@ -174,7 +176,7 @@ def _trained(partial: Path, samples: int, seed: int, made_with: Mapping[str, str
         opinion = judge(flawed(pictures, chance))
         losses = {head: F.cross_entropy(opinion.logits[head], labels[head], label_smoothing=0.02) for head in HEADS}
         optimizer.zero_grad(set_to_none=True)
-        finite(losses["subject"] * 2 + sum(losses[head] for head in STYLE)).backward()
+        finite(torch.stack(list(losses.values())).sum()).backward()
         optimizer.step()
         done, step = done + _BATCH, step + 1
         if step % 50 == 0:

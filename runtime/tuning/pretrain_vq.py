@@ -4,7 +4,8 @@ loss = |x - r| + 2 |x - r|^2 + edges |grad x - grad r| + 0.25 |z - e|^2
 
 The first half passes without quantization. Then the codebook is spread over the latents, far apart rather than by
 density: more than half of a pictogram is flat paper, and codes that are doubles of each other would be noise which the
-transformer has to learn. From there the codes follow their latents by moving averages (van den Oord 2017, A.1). Every look is seen, the held-out ones too: a real tokenizer knows all textures.
+transformer has to learn. From there the codes follow their latents by moving averages (van den Oord 2017, A.1).
+Every look is seen, the held-out ones too: a real tokenizer knows all textures.
 """
 
 from __future__ import annotations
