@@ -36,7 +36,7 @@ HEADS: Mapping[str, tuple[str, ...]] = {
 """What each head tells apart. A style is all but the subject."""
 
 STYLE = tuple(head for head in HEADS if head != "subject")
-SAMPLES = 72_000
+SAMPLES = 60_000
 _BATCH = 64
 _USES = 3  # times a drawn picture is trained on, each time with other flaws
 _POOL = 4096  # drawn pictures at hand
