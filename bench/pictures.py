@@ -31,7 +31,8 @@ from stylemuse.folder import weights_sha256
 from stylemuse.hub import resolve
 from stylemuse.tuning.examine import accuracy
 from stylemuse.tuning.judge import HEADS, PICTURE, Judge, labels_of, load_judge, to_tensor, train_judge
-from stylemuse.tuning.world import HELD_OUT, Pose, World, article
+from stylemuse.tuning.looks import HELD_OUT, article
+from stylemuse.tuning.world import Pose, World
 
 from .prompts import Job, base_jobs, reference_subjects, styled_jobs
 from .sheet import Row, contact_sheet

@@ -9,7 +9,7 @@ import numpy as np
 
 from stylemuse import StylemuseError
 from stylemuse.tuning.judge import STYLE
-from stylemuse.tuning.world import HELD_OUT, SUBJECTS, Look, article, caption, random_look
+from stylemuse.tuning.looks import HELD_OUT, SUBJECTS, Look, article, caption, random_look
 
 _DROP = 0.25  # of a caption's attributes
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from stylemuse import StylemuseError
-from stylemuse.tuning.world import SUBJECTS, Look, World
+from stylemuse.tuning.looks import SUBJECTS, Look
+from stylemuse.tuning.world import World
 
 
 def installed() -> bool:

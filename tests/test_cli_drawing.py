@@ -20,7 +20,7 @@ import stylemuse
 from stylemuse.commands import pictures
 from stylemuse.commands.demo import SUBJECTS, sheet
 from stylemuse.core import StylemuseError
-from stylemuse.tuning.world import SUBJECTS as WORLD
+from stylemuse.tuning.looks import SUBJECTS as WORLD
 
 
 def test_generate_writes_what_the_pipeline_draws(run: Run, tiny_model: Path) -> None:

@@ -16,7 +16,8 @@ from stylemuse.tuning import judge as judging
 from stylemuse.tuning.examine import Examination, accuracy, report, separation
 from stylemuse.tuning.flaws import BLOCK, flawed
 from stylemuse.tuning.judge import HEADS, STYLE, Judge, Opinion, labels_of, load_judge, style_distance, train_judge
-from stylemuse.tuning.world import HELD_OUT, Look, World
+from stylemuse.tuning.looks import HELD_OUT, Look
+from stylemuse.tuning.world import World
 
 
 def noise(rows: int, seed: int = 0) -> Tensor:

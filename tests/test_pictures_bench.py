@@ -18,7 +18,8 @@ from stylemuse import StylemuseError
 from stylemuse.bench import pictures, prompts
 from stylemuse.bench.sheet import Row, contact_sheet
 from stylemuse.tuning.judge import STYLE, Judge
-from stylemuse.tuning.world import HELD_OUT, HELD_OUT_PAIRS, Look, World, article, vocabulary
+from stylemuse.tuning.looks import HELD_OUT, HELD_OUT_PAIRS, Look, article, vocabulary
+from stylemuse.tuning.world import World
 
 REFERENCES = {"neon": "fox", "riso": "cat", "ember": "elephant"}
 

@@ -12,8 +12,8 @@ from font import needs_font
 
 from stylemuse import StylemuseError
 from stylemuse.models.tokenizer import build_word_tokenizer
-from stylemuse.tuning import world as world_module
-from stylemuse.tuning.world import (
+from stylemuse.tuning import pictograms
+from stylemuse.tuning.looks import (
     COLOURS,
     EXTRAS,
     HELD_OUT,
@@ -22,15 +22,13 @@ from stylemuse.tuning.world import (
     RENDERINGS,
     SUBJECTS,
     Look,
-    Pose,
-    World,
     article,
     caption,
     random_caption,
     random_look,
-    random_pose,
     vocabulary,
 )
+from stylemuse.tuning.world import Pose, World, random_pose
 
 FULL = re.compile(r"(?:an? )?(.+), (\w+)(?: in (\w+))? on (\w+) (?:with (\w+)|(plain))")
 
@@ -166,4 +164,4 @@ def test_an_unknown_subject_is_named() -> None:
 def test_without_the_font_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "rglob", lambda *_: iter(()))
     with pytest.raises(StylemuseError, match="fonts-noto-color-emoji"):
-        world_module._font.__wrapped__()
+        pictograms.font.__wrapped__()

@@ -74,10 +74,10 @@ def _gpus() -> list[dict[str, Any]]:
 
 def _font() -> dict[str, Any]:
     """The font the embedded model's pictures are made with; training and judging need it, drawing doesn't."""
-    from ..tuning import world
+    from ..tuning import pictograms
 
     try:
-        return {"path": str(Path(str(world._font().path))), "problem": None}
+        return {"path": str(Path(str(pictograms.font().path))), "problem": None}
     except StylemuseError as error:
         return {"path": None, "problem": str(error)}
 

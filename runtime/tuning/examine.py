@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from .judge import HEADS, PICTURE, SAMPLES, STYLE, Judge, labels_of, to_tensor, train_judge
-from .world import SUBJECTS, Look, World, random_look, random_pose
+from .looks import SUBJECTS, Look, random_look
+from .world import World, random_pose
 
 
 @dataclass(frozen=True)

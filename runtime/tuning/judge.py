@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from ..core import StylemuseError
 from .flaws import flawed
+from .looks import COLOURS, EXTRAS, RENDERINGS, SUBJECTS, Look
+from .pictograms import Array
 from .training import finite, load, report, save, warm_hold_decay
-from .world import COLOURS, EXTRAS, RENDERINGS, SUBJECTS, Array, Look, World
+from .world import World
 
 PICTURE = 64
 HEADS: Mapping[str, tuple[str, ...]] = {

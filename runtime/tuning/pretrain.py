@@ -29,8 +29,9 @@ from ..models.text import ClipText, ClipTextConfig
 from ..models.tokenizer import ClipTokenizer, build_word_tokenizer
 from ..models.vq import VQ
 from . import pretrain_vq
+from .looks import Look, random_caption, vocabulary
 from .training import Average, finite, load, mask_at_random, report, save, warm_hold_decay
-from .world import Look, World, random_caption, vocabulary
+from .world import World
 
 TEXT_LENGTH = 20
 # The network has no position embeddings: a position is known by the zeros at the border that its convolutions have

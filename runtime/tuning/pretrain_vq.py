@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from .. import weights
 from ..models.vq import VQ, ResnetBlock, VQConfig, channels_last
+from .looks import Look
+from .pictograms import Array
 from .training import Average, batches, finite, load, report, save, warm_hold_decay
-from .world import Array, Look, World
+from .world import World
 
 CONFIG = VQConfig(
     block_out_channels=(24, 48, 96),

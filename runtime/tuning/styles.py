@@ -13,9 +13,10 @@ from pathlib import Path
 from ..adapters import canonical
 from ..folder import write_extra
 from ..pipeline import load
+from .looks import HELD_OUT, article
 from .style import Recipe, tune
 from .training import report
-from .world import HELD_OUT, World, article
+from .world import World
 
 REFERENCES = {
     "neon": "fox",
