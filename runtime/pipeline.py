@@ -14,6 +14,7 @@ from PIL import Image
 
 from . import hub
 from .adapters.bank import Bank
+from .adapters.canonical import NAME
 from .adapters.library import Library
 from .cache import Recent
 from .core import Branch, Request, Result, Sampling, StylemuseError
@@ -87,6 +88,8 @@ def load(
     why = {"backend": "the only one of this release" if backend == "auto" else "asked for", **machine.why}
     pipeline = Pipeline(name, network, library, networks.extra, why)
     for style in networks.extra.get("styles", ()):
+        if not NAME.fullmatch(str(style)):
+            raise StylemuseError(f"model {name!r}: its style {str(style)[:80]!r} is not a name")
         library.add(style, folder / "styles" / style)
     return pipeline
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -279,3 +280,11 @@ def test_the_last_preview_is_the_result(pipe: Pipeline) -> None:
     tokens, images = previews[-1]
     assert np.array_equal(tokens.numpy(), result.tokens)
     assert np.array_equal(np.asarray(images[0]), np.asarray(result.images[0]))
+
+
+def test_a_style_of_a_model_folder_must_be_a_name(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "stylemuse.json").write_text('{"styles": ["../../elsewhere"]}')
+    with pytest.raises(StylemuseError, match=r"its style '\.\./\.\./elsewhere' is not a name"):
+        load(str(folder))

@@ -36,7 +36,7 @@ class Recipe:
         shift: how far the picture is moved, in pixels.
     """
 
-    rank: int = 8
+    rank: int = 4
     rate: float = 2e-3
     steps: int = 200
     batch: int = 8
