@@ -28,7 +28,7 @@ REFERENCES = {
 }
 """The subject of each style's one picture."""
 
-DEFAULTS = {"steps": 12, "scale": 3.0}
+DEFAULTS = {"steps": 12, "scale": 2.0}
 # Equal strengths cancel the base's branch on the prompt: two forwards in place of three.
 RECOMMENDED: dict[str, str | int | float] = {"guidance": "StyleDrop", "style": 1.0, "text": 1.0}
 
