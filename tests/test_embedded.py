@@ -25,9 +25,9 @@ def pipe() -> sm.Pipeline:
 
 @torch.no_grad()
 def test_diffusers_computes_the_same(pipe: sm.Pipeline) -> None:
-    text = CLIPTextModelWithProjection.from_pretrained(FOLDER / "text_encoder").eval()
+    text = CLIPTextModelWithProjection.from_pretrained(FOLDER / "text_encoder", dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(FOLDER / "tokenizer")
-    peer = UVit2DModel.from_pretrained(FOLDER / "transformer").eval()
+    peer = UVit2DModel.from_pretrained(FOLDER / "transformer", torch_dtype=torch.float32).eval()
     prompt, network = "a fox, outline in cyan on navy with grid", pipe.network
     ids = tokenizer([prompt], padding="max_length", truncation=True, return_tensors="pt").input_ids
     encoded = text(ids, output_hidden_states=True)
@@ -45,7 +45,7 @@ def test_diffusers_computes_the_same(pipe: sm.Pipeline) -> None:
 
 @torch.no_grad()
 def test_diffusers_draws_the_same_pixels(pipe: sm.Pipeline) -> None:
-    peer = VQModel.from_pretrained(FOLDER / "vqvae").eval()
+    peer = VQModel.from_pretrained(FOLDER / "vqvae", torch_dtype=torch.float32).eval()
     tokens = torch.randint(0, pipe.network.mask_id, (1, 16, 16), generator=torch.Generator().manual_seed(0))
     width = pipe.network.vq.config.embed_dim
     expected = peer.decode(tokens, force_not_quantize=True, shape=(1, 16, 16, width)).sample.clip(0, 1)

@@ -86,7 +86,9 @@ class ClipTextConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a ``config.json`` that transformers reads too."""
-        return {"architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model", **asdict(self)}
+        kind = {"architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model"}
+        # Not used, but transformers' own default lies outside a small vocabulary, which it warns of.
+        return {**kind, "bos_token_id": None, **asdict(self)}
 
 
 class TextOutput(NamedTuple):
