@@ -21,6 +21,7 @@ from stylemuse.commands import pictures
 from stylemuse.commands.demo import SUBJECTS, sheet
 from stylemuse.core import StylemuseError
 from stylemuse.tuning.looks import SUBJECTS as WORLD
+from stylemuse.tuning.looks import article
 
 
 def test_generate_writes_what_the_pipeline_draws(run: Run, tiny_model: Path) -> None:
@@ -152,13 +153,13 @@ def test_demo_draws_every_style_in_one_batch(run: Run, tiny_model: Path) -> None
     page = Image.open("out/demo.png")
     gap, side = 4, SIDE * 4
     pipe = stylemuse.load(str(tiny_model))
-    for row, column in ((0, 0), (1, 7), (2, 2)):
+    for row, column in ((0, 0), (1, len(SUBJECTS) - 1), (2, 2)):
         alone = pipe.generate(
-            ("a fox", "an owl", "an elephant")[column] if column < 3 else "a mushroom",
+            article(SUBJECTS[column]),
             style=ran["styles"][row],
             seed=ran["seeds"][column],
         ).images[0]
-        right, below = page.width - (8 - column) * (side + gap), page.height - (3 - row) * (side + gap)
+        right, below = page.width - (len(SUBJECTS) - column) * (side + gap), page.height - (3 - row) * (side + gap)
         shown = np.asarray(page.crop((right, below, right + side, below + side)), dtype=int)
         enlarged = np.asarray(alone.resize((side, side), Image.Resampling.LANCZOS), dtype=int)
         assert np.abs(shown - enlarged).max() <= 2
@@ -166,12 +167,12 @@ def test_demo_draws_every_style_in_one_batch(run: Run, tiny_model: Path) -> None
     text = run("demo", "--model", tiny_model, "--seed", 5, "--out", "again.png")
     assert (text.code, text.error) == (0, "")
     assert "transformer" in text.out
-    assert "again.png  24 pictures" in text.out
+    assert f"again.png  {3 * len(SUBJECTS)} pictures" in text.out
     assert np.array_equal(np.asarray(Image.open("again.png")), np.asarray(page))
 
 
 def test_the_demo_asks_for_what_the_model_knows() -> None:
-    assert len(SUBJECTS) == 8
+    assert len(SUBJECTS) >= 5
     assert set(SUBJECTS) <= set(WORLD)
 
 

@@ -16,7 +16,7 @@ from .output import document, progress, say, table
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUBJECTS = ("fox", "owl", "elephant", "butterfly", "cactus", "rocket", "castle", "mushroom")
+SUBJECTS = ("fox", "elephant", "cactus", "rocket", "castle")
 """The columns; the embedded model knows them, see ``tuning.world``."""
 PLAIN = "no style"
 SIDE = 128
@@ -32,7 +32,7 @@ def demo(
     dtype: options.Dtype = None,
     as_json: options.Json = False,
 ) -> None:
-    """Draw eight subjects in every style the model comes with, all in one batch."""
+    """Draw five subjects in every style the model comes with, all in one batch."""
     (path,) = pictures.targets(out)
     began = time.perf_counter()
     from ..core import Request
