@@ -40,6 +40,7 @@ class Preview:
         step, steps: steps done, and of how many, of the request that is furthest behind.
         requests: which of the requests took part.
         tokens: by request, (n, h, w); masked positions hold the mask token.
+        images: by request, its n pictures as they stand; decoded only when called.
     """
 
     step: int
