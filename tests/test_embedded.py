@@ -20,7 +20,7 @@ STYLES = ("arcade", "blueprint", "ember", "neon", "retro", "riso")
 
 @pytest.fixture(scope="module")
 def pipe() -> sm.Pipeline:
-    return sm.load("demo")
+    return sm.load("demo", dtype="float32")  # what the peers compute in
 
 
 @torch.no_grad()

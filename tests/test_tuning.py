@@ -82,7 +82,7 @@ def test_prompt_without_a_style_is_refused(prompt: str) -> None:
 
 
 def test_a_style_is_learnt_from_one_picture(tiny_model: Path) -> None:
-    pipe = sm.load(str(tiny_model))
+    pipe = sm.load(str(tiny_model), dtype="float32")
     before = [value.clone() for value in pipe.network.transformer.parameters()]
     side = pipe.network.transformer.config.sample_size * pipe.network.vq.config.factor
     picture = Image.radial_gradient("L").resize((side, side)).convert("RGB")
@@ -105,6 +105,12 @@ def test_a_style_is_learnt_from_one_picture(tiny_model: Path) -> None:
     pipe.adapters.add("brush", adapter)
     assert (pipe.generate("a fox", style="brush", seed=1).tokens != plain).any()
     assert (pipe.generate("a fox", seed=1).tokens == plain).all()
+
+
+def test_tuning_in_another_format_is_refused(tiny_model: Path) -> None:
+    pipe = sm.load(str(tiny_model), dtype="bfloat16")
+    with pytest.raises(sm.StylemuseError, match=r'cpu in bfloat16 .* dtype="float32"'):
+        tune(pipe, Image.new("RGB", (32, 32)), "a fox in brush style", name="brush")
 
 
 @pytest.mark.parametrize("change", [{"rank": 0}, {"steps": 0}, {"batch": -1}, {"rate": 0.0}])

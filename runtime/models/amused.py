@@ -245,20 +245,33 @@ class Amused(nn.Module):
             block.condition(text, activated, made, adapters)
         return made
 
-    def features(self, tokens: Tensor, conditioning: Conditioning, adapters: RowAdapters | None = None) -> Tensor:
-        """Tokens (R, h, w) -> features (R, h w, C), before the head: what one decoding step computes for each row."""
-        grid = (tokens.shape[1], tokens.shape[2])
+    def enter(self, tokens: Tensor, conditioning: Conditioning, adapters: RowAdapters | None = None) -> Tensor:
+        """Tokens (R, h, w) -> the transformer layers' input (R, positions of the working grid, D)."""
         x = self.embed(tokens.flatten(1))
         if self.down_block.resample is not None:
-            x = self.down_block.resample(x, grid)
-            grid = (grid[0] // 2, grid[1] // 2)
-        x = self.down_block(x, grid, conditioning, adapters)
-        x = self.project_to_hidden(self.project_to_hidden_norm(x))
+            x = self.down_block.resample(x, (tokens.shape[1], tokens.shape[2]))
+        x = self.down_block(x, self.working_grid(tokens), conditioning, adapters)
+        return self.project_to_hidden(self.project_to_hidden_norm(x))
+
+    def leave(
+        self, x: Tensor, grid: tuple[int, int], conditioning: Conditioning, adapters: RowAdapters | None = None
+    ) -> Tensor:
+        """What `enter` gave, on its working grid -> features (R, h w, C)."""
         for layer in self.transformer_layers:
             x = layer(x, conditioning, adapters)
         x = self.project_from_hidden(self.project_from_hidden_norm(x))
         x = self.up_block(x, grid, conditioning, adapters)
         return x if self.up_block.resample is None else self.up_block.resample(x, grid)
+
+    def features(self, tokens: Tensor, conditioning: Conditioning, adapters: RowAdapters | None = None) -> Tensor:
+        """Tokens (R, h, w) -> features (R, h w, C), before the head: what one decoding step computes for each row."""
+        entered = self.enter(tokens, conditioning, adapters)
+        return self.leave(entered, self.working_grid(tokens), conditioning, adapters)
+
+    def working_grid(self, tokens: Tensor) -> tuple[int, int]:
+        """The grid of the layers for tokens (R, h, w): half of it each way where the network halves it."""
+        halves = 1 if self.down_block.resample is None else 2
+        return (tokens.shape[1] // halves, tokens.shape[2] // halves)
 
     def readout(self, features: Tensor) -> Tensor:
         """Features (M, C) of any positions -> normalized hidden states (M, D), fp32.

@@ -80,12 +80,17 @@ def tune(
     """Tune a style and return it as a canonical adapter.
 
     Args:
+        pipe: loaded with ``device="cpu", dtype="float32"``.
         picture: resized to the model's own size.
         prompt: what the picture shows and in which style, "CONTENT in STYLE".
         descriptor: the words appended to prompts; None takes them from ``prompt``.
         recommended: guidance and steps to store with it.
         on_step: called with (steps done, of how many, loss).
     """
+    network = pipe.network
+    if network.device.type != "cpu" or network.dtype != torch.float32:
+        given = f"{network.device} in {str(network.dtype).removeprefix('torch.')}"
+        raise StylemuseError(f'tuning on {given} is not supported; load the model with device="cpu", dtype="float32"')
     recipe, words = recipe or Recipe(), descriptor_of(prompt) if descriptor is None else descriptor
     config = pipe.network.transformer.config
     sites = {site: place for site, place in config.sites().items() if site.endswith(PROJECTIONS)}

@@ -36,7 +36,7 @@ RECOMMENDED: dict[str, str | int | float] = {"guidance": "StyleDrop", "style": 1
 def write_styles(model: Path, names: list[str], recipe: Recipe, *, seed: int = 0) -> None:
     """Tune the named styles into the model's folder, replacing what is there under their names."""
     write_extra(model, {"defaults": DEFAULTS, "styles": []})
-    pipe, world = load(str(model)), World()
+    pipe, world = load(str(model), device="cpu", dtype="float32"), World()
     for name in names:
         picture = world.draw(REFERENCES[name], HELD_OUT[name])
         prompt = f"{article(REFERENCES[name])} in {name} style"
