@@ -1,6 +1,6 @@
 """Parity at full size: random weights of the published sizes, in diffusers, transformers and peft, and in ours.
 
-    python -m stylemuse.bench.parity [--sizes amused-256 amused-512] [--skip-512] [--out bench/results/parity.json]
+    stylemuse bench parity [--sizes amused-256 amused-512] [--skip-512] [--out bench/results/parity.json]
 
 Each network is made in its peer, its tensors go over by the checkpoint's names, both compute in fp32 on the CPU:
 
@@ -13,7 +13,6 @@ every path matter. One network is held at a time, about 5 GB. Needs the ``dev`` 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import platform
@@ -31,7 +30,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stylemuse import weights
 from stylemuse.adapters import lora
@@ -46,20 +45,10 @@ from stylemuse.models.layers import Conditioning
 from stylemuse.models.text import ClipText, ClipTextConfig
 from stylemuse.models.vq import VQ, VQConfig
 
+from .arguments import Arguments
+from .networks import SIZES, TEXT, randomize
+
 Errors = dict[str, float]
-
-SIZES: Mapping[str, Mapping[str, Any]] = {
-    "amused-256": {"sample_size": 16},
-    "amused-512": {"sample_size": 32, "downsample": True, "upsample": True},
-}
-"""What the published transformers change in the defaults of `AmusedConfig` and of diffusers' UVit2DModel."""
-
-TEXT: Mapping[str, Any] = {
-    "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-    "num_attention_heads": 12, "projection_dim": 768, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
-    "eos_token_id": 2,
-}  # fmt: skip
-"""CLIP ViT-L/14's text tower."""
 
 PROJECTIONS = ["to_q", "to_k", "to_v"]
 SEED, GUIDANCE, STEPS = 7, 3.0, 2
@@ -73,18 +62,6 @@ def errors(ours: Tensor, peer: Tensor) -> Errors:
     difference, scale = ours.double() - peer.double(), float(peer.abs().max())
     largest, rms = float(difference.abs().max()), float(difference.square().mean().sqrt())
     return {"max": largest, "rms": rms, "scale": scale, "relative": largest / scale}
-
-
-def randomize(module: nn.Module, seed: int) -> None:
-    """Every parameter random, so large that no path vanishes: matrices keep the variance, the rest moves by 0.3."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            fan = parameter[0].numel() if parameter.ndim > 1 else 1
-            if fan > 1 and parameter.shape[:3] != (1, 1, 1):
-                parameter.normal_(std=fan**-0.5, generator=generator)
-            else:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
 
 
 def peers(module: str) -> Any:
@@ -286,7 +263,7 @@ def machine() -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the figures, and on the last line all of it as one JSON document."""
-    parser = argparse.ArgumentParser(prog="python -m stylemuse.bench.parity", description=__doc__.partition("\n")[0])
+    parser = Arguments(prog="stylemuse bench parity", description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="transformers to compare")
     parser.add_argument("--skip-512", action="store_true", help="leave out amused-512")
     parser.add_argument("--out", type=Path, help="write the JSON document to this file too")
@@ -301,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results[name] = job() | {"seconds": round(time.perf_counter() - began, 1)}
         gc.collect()
         report(name, results[name])
-    command = " ".join(["python -m stylemuse.bench.parity", *(sys.argv[1:] if arguments is None else arguments)])
+    command = " ".join(["stylemuse bench parity", *(sys.argv[1:] if arguments is None else arguments)])
     peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1)
     document = {"command": command, **machine(), "peak_gigabytes": peak, "results": results}
     if options.out is not None:
@@ -320,7 +297,3 @@ def report(name: str, values: Mapping[str, Any], indent: str = "") -> None:
             report(key, value, indent + "  ")
         else:
             print(f"{indent}  {key:14} {value}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Does a model draw what it is asked for, and in the style? A judge (`stylemuse.tuning.judge`) answers.
 
-    python -m stylemuse.bench.pictures --model demo --judge FILE [--out FILE] [--grid PNG] [--prompts 200] [--seed 0]
+    stylemuse bench pictures --model demo --judge FILE [--out FILE] [--grid PNG] [--prompts 200] [--seed 0]
 
 base     captions of the world with random words left out, looks that are not held out
 styled   "a SUBJECT" in each shipped style in turn, never the subject of the style's own picture
@@ -12,7 +12,6 @@ The judge's file is trained where it is absent. Needs the font that the world dr
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import platform
@@ -34,6 +33,7 @@ from stylemuse.tuning.judge import HEADS, PICTURE, Judge, labels_of, load_judge,
 from stylemuse.tuning.looks import HELD_OUT, article
 from stylemuse.tuning.world import Pose, World
 
+from .arguments import Arguments
 from .prompts import Job, base_jobs, reference_subjects, styled_jobs
 from .sheet import Row, contact_sheet
 
@@ -217,7 +217,7 @@ def show(found: Mapping[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table, and write the JSON document and the sheet where asked."""
-    parser = argparse.ArgumentParser(prog="python -m stylemuse.bench.pictures", description=__doc__.partition("\n")[0])
+    parser = Arguments(prog="stylemuse bench pictures", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="demo", help="demo, or a model folder with the embedded model's styles")
     parser.add_argument("--judge", type=Path, required=True, help="file of the judge, trained there where it is absent")
     parser.add_argument("--prompts", type=int, default=200, help="of the base, and of the styles together")
@@ -230,13 +230,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = measure(pipe, judge, options.prompts, options.seed)
     show(found)
     given = [_short(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
-    command = " ".join(["python -m stylemuse.bench.pictures", *given])
+    command = " ".join(["stylemuse bench pictures", *given])
     document = {"command": command, "seed": options.seed, **origin(pipe, folder, options.judge), **found}
     if options.out is not None:
         options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if options.grid is not None:
         grid(pipe, folder, options.seed).save(options.grid)
-
-
-if __name__ == "__main__":
-    main()
+    print(json.dumps(document))

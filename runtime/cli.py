@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .commands import adapters, demo, doctor, generate, tune
+from .commands import adapters, bench, demo, doctor, generate, tune
 from .commands.output import one_line, say
 from .core import StylemuseError
 
@@ -32,6 +32,9 @@ app.command("generate")(generate.generate)
 app.command("tune")(tune.tune)
 app.add_typer(adapters.app, name="adapters")
 app.command("doctor")(doctor.doctor)
+app.command(
+    "bench", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)(bench.bench)
 
 
 def _version(asked: bool) -> None:

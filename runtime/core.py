@@ -175,7 +175,7 @@ class Result:
         tokens: (n, h, w) int64, the codes they were decoded from.
         seeds: the seed of each picture; a request with it and n = 1 draws that picture again.
         timings: seconds: "text", "condition", "pixels", "total", and per decoding step lists "step", "transformer",
-            "head", "sampling". Requests that ran together share them.
+            "head", "sampling", "remask". Requests that ran together share them.
     """
 
     images: list[Image]

@@ -20,9 +20,9 @@ from .adapters.library import Library
 from .cache import Recent
 from .core import Branch, Request, Result, Sampling, StylemuseError
 from .decoding.loop import Canvas, Timings, decode
-from .folder import read_model, weights_sha256
+from .folder import Networks, read_model, weights_sha256
 from .kernels.rows import BASE
-from .machine import choose
+from .machine import Machine, choose
 from .models.text import TextOutput
 from .planning import Plan, plan
 from .reference import Context, Reference
@@ -81,19 +81,33 @@ def load(
     machine = choose(device, dtype)
     folder = hub.resolve(name, revision=revision, variant=variant)
     networks = read_model(folder, variant)
-    config = networks.transformer.config
-    bank = Bank(
-        config.sites(), config.bottleneck_sites(), slots=slots, rank=rank, device=machine.device, dtype=machine.dtype
-    )
-    library = Library(bank, config.sites(), name, partial(weights_sha256, folder / "transformer", variant))
-    network = Reference(networks, machine, bank)
-    why = {"backend": "the only one of this release" if backend == "auto" else "asked for", **machine.why}
-    pipeline = Pipeline(name, network, library, networks.extra, why)
+    fingerprint = partial(weights_sha256, folder / "transformer", variant)
+    why = "the only one of this release" if backend == "auto" else "asked for"
+    pipeline = assemble(name, networks, machine, fingerprint, why=why, slots=slots, rank=rank)
+    library = pipeline.adapters
     for style in networks.extra.get("styles", ()):
         if not NAME.fullmatch(str(style)):
             raise StylemuseError(f"model {name!r}: its style {str(style)[:80]!r} is not a name")
         library.add(style, folder / "styles" / style)
     return pipeline
+
+
+def assemble(
+    name: str,
+    networks: Networks,
+    machine: Machine,
+    fingerprint: Callable[[], str],
+    *,
+    why: str = "asked for",
+    slots: int = 64,
+    rank: int = 64,
+) -> Pipeline:
+    """A pipeline, without styles, of networks that are there already; ``fingerprint`` hashes the transformer."""
+    config = networks.transformer.config
+    sites = config.sites()
+    bank = Bank(sites, config.bottleneck_sites(), slots=slots, rank=rank, device=machine.device, dtype=machine.dtype)
+    library = Library(bank, sites, name, fingerprint)
+    return Pipeline(name, Reference(networks, machine, bank), library, networks.extra, {"backend": why, **machine.why})
 
 
 class Pipeline:

@@ -19,14 +19,14 @@ import stylemuse
 from stylemuse import cli
 from stylemuse.core import StylemuseError
 
-COMMANDS = {"demo", "generate", "tune", "adapters", "doctor"}
+COMMANDS = {"demo", "generate", "tune", "adapters", "bench", "doctor"}
 
 
 def test_help_lists_the_commands_and_no_stub(run: Run) -> None:
     group: Any = typer.main.get_command(cli.app)
     assert set(group.commands) == COMMANDS
     assert set(group.commands["adapters"].commands) == {"list", "inspect", "import", "export", "verify"}
-    for arguments in ([], ["--help"], ["generate", "--help"], ["adapters", "-h"]):
+    for arguments in ([], ["--help"], ["generate", "--help"], ["adapters", "-h"], ["bench", "-h"]):
         ran = run(*arguments)
         assert (ran.code, ran.error) == (0, "")
         assert "Usage: stylemuse" in ran.out
@@ -52,6 +52,11 @@ def test_every_command_has_json_and_says_what_each_option_is() -> None:
         ("adapters", "Missing command; allowed: list, inspect, import, export, verify"),
         ("adapters show", "No such command 'show'; allowed: list"),
         ("generate", "Missing argument"),
+        ("bench speed", "bench speed is unknown; allowed: step, parity, pictures"),
+        ("bench step --models sdxl", "invalid choice: 'sdxl'"),
+        ("bench step --batches 0", "'0' is not allowed: a whole number of at least 1"),
+        ("bench step --steps 1", "at least 2"),
+        ("bench step --branches 3 --adapters none", "three branches need an adapter"),
         ("generate a fox", "(fox); a text of several words needs quotes"),
         ("generate fox --stile ink", "No such option: --stile; allowed: --style"),
         ("generate fox --steps many", "'--steps'"),

@@ -148,7 +148,17 @@ def test_demo_draws_every_style_in_one_batch(run: Run, tiny_model: Path) -> None
     assert ran["styles"] == [None, *STYLES]
     assert ran["subjects"] == list(SUBJECTS)
     assert ran["pictures"] == 3 * len(SUBJECTS)
-    assert ran["seconds"].keys() >= {"text", "condition", "transformer", "head", "sampling", "step", "pixels", "total"}
+    assert ran["seconds"].keys() >= {
+        "text",
+        "condition",
+        "transformer",
+        "head",
+        "sampling",
+        "remask",
+        "step",
+        "pixels",
+        "total",
+    }
     assert len(ran["seconds"]["step"]["steps"]) == ran["steps"] == 4
     page = Image.open("out/demo.png")
     gap, side = 4, SIDE * 4

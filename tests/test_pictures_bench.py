@@ -135,7 +135,7 @@ def test_a_run_from_end_to_end(
     text = out.read_text(encoding="utf-8")
     found = json.loads(text)
     assert str(tmp_path) not in text, "places on this machine stay out of the document"
-    assert found["command"].startswith("python -m stylemuse.bench.pictures --model tiny --judge judge.safetensors")
+    assert found["command"].startswith("stylemuse bench pictures --model tiny --judge judge.safetensors")
     assert set(found["sha256"]) == {"transformer", "vqvae", "text_encoder"}
     assert set(found["styles"]) == {"neon"}, "of the model's styles the one that has a truth"
     assert found["bars"]["judge"] == {"bar": 0.95, "reached": 0.97, "met": True}

@@ -39,7 +39,7 @@ def test_a_result_has_pictures_tokens_seeds_and_times(pipe: Pipeline) -> None:
     assert (result.tokens.shape, result.tokens.dtype) == ((3, 4, 12), np.int64)
     assert 0 <= result.tokens.min() <= result.tokens.max() < 64
     assert result.seeds[0] == 5
-    assert all(len(result.timings[part]) == 4 for part in ("step", "transformer", "head", "sampling"))
+    assert all(len(result.timings[part]) == 4 for part in ("step", "transformer", "head", "sampling", "remask"))
     whole = sum(result.timings[part] for part in ("text", "condition", "pixels")) + sum(result.timings["step"])
     assert result.timings["total"] >= whole > 0
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from stylemuse.decoding.schedule import Steps
 from stylemuse.kernels import sampling
 
-# Seconds of every step, by part: "transformer", "head", "sampling", and "step" for their sum and what lies between.
+# Seconds of every step by part: "transformer", "head", "sampling", "remask"; "step" is them and what lies between.
 Timings = dict[str, list[float]]
 
 
@@ -147,8 +147,11 @@ def _advance(network: Network, canvases: Sequence[Canvas], timings: Timings | No
         features = network.features(tokens[plan.sources], plan.contexts)
     with _timed(timings, "head", device):
         logits = network.logits(_combine(network, features, plan, torch.split(places % size, counts)))
+    noise = _Noise.of(canvases, places // size, places % size)
     with _timed(timings, "sampling", device):
-        _sample(canvases, tokens, logits, places)
+        tokens, scores = _draw(noise, canvases, tokens, logits, places)
+    with _timed(timings, "remask", device):
+        _remask(noise, canvases, tokens, scores, places)
 
 
 class _Plan(NamedTuple):
@@ -199,28 +202,45 @@ def _weighted_sum(parts: Iterator[tuple[float, Tensor]]) -> Tensor:
     return total
 
 
-def _sample(canvases: Sequence[Canvas], tokens: Tensor, logits: Tensor, places: Tensor) -> None:
-    """Draw the masked positions (``places`` in the flattened tokens (B, N)) and mask the least confident again."""
-    size, device = tokens.shape[1], tokens.device
-    owner, positions = places // size, places % size
+class _Noise(NamedTuple):
+    """What the noise of every masked position hangs on, (M,) each; ``owner`` is the canvas it belongs to."""
 
-    def per_place(values: Iterable[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(list(values), dtype=dtype, device=device)[owner]
+    owner: Tensor
+    positions: Tensor
+    seeds: Tensor
+    steps: Tensor
 
-    seeds = per_place((canvas.seed for canvas in canvases), torch.int64)
-    steps = per_place((canvas.step for canvas in canvases), torch.int64)
-    temperature = per_place((canvas.steps.token_temperature[canvas.step] for canvas in canvases), torch.float32)
-    raw_logit = per_place((canvas.steps.score == "logit" for canvas in canvases), torch.bool)
-    drawn, scores = sampling.draw(logits, seeds, steps, positions, temperature, raw_logit)
-    tokens = tokens.flatten().scatter(0, places, drawn).view_as(tokens)
+    @classmethod
+    def of(cls, canvases: Sequence[Canvas], owner: Tensor, positions: Tensor) -> _Noise:
+        made = cls(owner, positions, positions, positions)
+        seeds = made.per_place((canvas.seed for canvas in canvases), torch.int64)
+        return made._replace(seeds=seeds, steps=made.per_place((canvas.step for canvas in canvases), torch.int64))
 
+    def per_place(self, values: Iterable[float], dtype: torch.dtype) -> Tensor:
+        """A value per canvas -> a value per masked position."""
+        return torch.tensor(list(values), dtype=dtype, device=self.owner.device)[self.owner]
+
+
+def _draw(
+    noise: _Noise, canvases: Sequence[Canvas], tokens: Tensor, logits: Tensor, places: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tokens (B, N) with the masked positions (``places``, in the flattened tokens) drawn, and their scores."""
+    temperature = noise.per_place((canvas.steps.token_temperature[canvas.step] for canvas in canvases), torch.float32)
+    raw_logit = noise.per_place((canvas.steps.score == "logit" for canvas in canvases), torch.bool)
+    drawn, scores = sampling.draw(logits, noise.seeds, noise.steps, noise.positions, temperature, raw_logit)
+    return tokens.flatten().scatter(0, places, drawn).view_as(tokens), scores
+
+
+def _remask(noise: _Noise, canvases: Sequence[Canvas], tokens: Tensor, scores: Tensor, places: Tensor) -> None:
+    """Mask the least confident of the drawn positions again, as many as the schedule says, and end the step."""
     masked = [canvas.steps.masked_after[canvas.step] for canvas in canvases]
     unknown = torch.zeros_like(tokens, dtype=torch.bool)
     if any(masked):
-        choice = per_place((canvas.steps.choice_temperature[canvas.step] for canvas in canvases), torch.float32)
-        known = torch.full(tokens.shape, torch.inf, device=device)
-        confidences = known.flatten().scatter(0, places, sampling.confidence(scores, seeds, steps, positions, choice))
-        unknown = sampling.remask(confidences.view_as(tokens), torch.tensor(masked, device=device))
+        choice = noise.per_place((canvas.steps.choice_temperature[canvas.step] for canvas in canvases), torch.float32)
+        confidence = sampling.confidence(scores, noise.seeds, noise.steps, noise.positions, choice)
+        known = torch.full(tokens.shape, torch.inf, device=tokens.device)
+        confidences = known.flatten().scatter(0, places, confidence)
+        unknown = sampling.remask(confidences.view_as(tokens), torch.tensor(masked, device=tokens.device))
     for canvas, row, mask, count in zip(canvases, tokens, unknown, masked, strict=True):
         canvas.tokens, canvas.unknown, canvas.masked = row, mask, count
         canvas.step += 1

@@ -1,0 +1,211 @@
+"""The clock: interleaved runs, the machine's rates, and the document that every benchmark writes.
+
+Protocol: warm up, then the variants in turns (A B A B ...), each as often as the others; medians with the 20th and 80th
+percentile, all values kept, none dropped. Wall time and the processor time of the process stand apart.
+
+Document, schema 1 (`check` holds a value against it):
+
+    schema 1, command, seed, machine {...}, versions {...}, commit or null, roofs {...},
+    rows [{name, what it was: any plain values, ...,
+           wall / cpu / part names: {"seconds": [...], "p20", "p50", "p80"},
+           skipped: why nothing was measured}]
+    load, first_image, step, call, adapter_swap, serve: the rows of each kind, or absent
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+SCHEMA = 1
+KINDS = ("load", "first_image", "step", "call", "adapter_swap", "serve")
+_PACKAGES = ("stylemuse", "torch", "triton", "onnxruntime-gpu", "diffusers", "transformers", "peft")
+_REQUIRED: Mapping[str, type | tuple[type, ...]] = {
+    "schema": int,
+    "command": str,
+    "seed": int,
+    "machine": dict,
+    "versions": dict,
+    "commit": (str, type(None)),
+    "roofs": dict,
+}
+
+
+def series(seconds: Iterable[float]) -> dict[str, Any]:
+    """All values with their percentiles."""
+    values = [float(value) for value in seconds]
+    assert values, "nothing was measured"
+    low, middle, high = (float(value) for value in np.percentile(values, (20, 50, 80)))
+    return {"seconds": values, "p20": low, "p50": middle, "p80": high}
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int,
+    warm: int = 1,
+    device: torch.device | None = None,
+    on_run: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each variant, "wall" and "cpu", run in turns ``repeats`` times after ``warm`` turns that don't count.
+
+    Turns change direction, so that no variant always runs behind the same other.
+    """
+    device = device or torch.device("cpu")
+    found: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in variants}
+    names, done = list(variants), 0
+    for turn in range(warm + repeats):
+        for name in names if turn % 2 == 0 else reversed(names):
+            synchronize(device)
+            wall, cpu = time.perf_counter(), time.process_time()
+            variants[name]()
+            synchronize(device)
+            if turn >= warm:
+                found[name]["wall"].append(time.perf_counter() - wall)
+                found[name]["cpu"].append(time.process_time() - cpu)
+            done += 1
+            if on_run is not None:
+                on_run(done, (warm + repeats) * len(names))
+    return found
+
+
+def roofs(device: torch.device, dtypes: Sequence[torch.dtype], *, side: int = 2048, repeats: int = 5) -> dict[str, Any]:
+    """What this machine reaches: FLOP/s of one large matrix product per number format, bytes/s of one large copy.
+
+    The best of the repeats: a roof is what was possible once.
+    """
+    rates: dict[str, Any] = {}
+    for dtype in dtypes:
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        rates[f"{short(dtype)}_flops"] = 2 * side**3 / _best(partial(torch.mm, a, b), device, repeats)
+    source = torch.empty(1 << 26, device=device)
+    target = torch.empty_like(source)
+    rates["bytes"] = 2 * source.nbytes / _best(lambda: target.copy_(source), device, repeats)
+    return rates | {"matrix_side": side, "copied_bytes": source.nbytes}
+
+
+def _best(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    return min(interleaved({"": run}, repeats=repeats, device=device)[""]["wall"])
+
+
+def short(dtype: torch.dtype) -> str:
+    """ "float32" of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    facts: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "cores": usable,
+        "threads": torch.get_num_threads(),
+        "gpu": None,
+    }
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        facts["gpu"] = {
+            "name": gpu.name,
+            "capability": f"{gpu.major}.{gpu.minor}",
+            "memory": gpu.total_memory,
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"),
+        }
+    return facts
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else "unknown"
+
+
+def _output(*command: str) -> str | None:
+    """The first line a program prints, or None where it can't be asked."""
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip().splitlines()[0] if found.stdout.strip() else None
+
+
+def versions() -> dict[str, str | None]:
+    """Of the interpreter and of the packages that a benchmark may run; None where one is not installed."""
+    installed = {found.name: found.version for found in distributions()}
+    return {"python": platform.python_version()} | {package: installed.get(package) for package in _PACKAGES}
+
+
+def commit() -> str | None:
+    """The commit of the checkout this file lies in, with "+" where files differ from it; None in an installed copy."""
+    here = str(Path(__file__).resolve().parent)
+    found = _output("git", "-C", here, "rev-parse", "HEAD")
+    return (
+        found if found is None or _output("git", "-C", here, "status", "--porcelain", "-uno") is None else f"{found}+"
+    )
+
+
+def document(
+    command: str, seed: int, device: torch.device, rates: Mapping[str, Any], **kinds: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The document of a run; ``kinds`` are rows by kind."""
+    made = {
+        "schema": SCHEMA,
+        "command": command,
+        "seed": seed,
+        "machine": machine(device),
+        "versions": versions(),
+        "commit": commit(),
+        "roofs": dict(rates),
+        **{kind: [dict(row) for row in rows] for kind, rows in kinds.items()},
+    }
+    check(made)
+    return made
+
+
+def check(value: Any) -> None:
+    """Raises ValueError, naming the place, where a value is not a document of this schema."""
+    if not isinstance(value, dict):
+        raise ValueError("a document is an object")
+    for name, allowed in _REQUIRED.items():
+        if not isinstance(value.get(name, ...), allowed):
+            raise ValueError(f"{name}: {value.get(name)!r} is not allowed")
+    if value["schema"] != SCHEMA:
+        raise ValueError(f"schema {value['schema']} is not known; allowed: {SCHEMA}")
+    if unknown := sorted(set(value) - set(_REQUIRED) - set(KINDS)):
+        raise ValueError(f"unknown: {', '.join(unknown)}")
+    for kind in KINDS:
+        for index, row in enumerate(value.get(kind, ())):
+            _check_row(f"{kind}[{index}]", row)
+    json.dumps(value, allow_nan=False)
+
+
+def _check_row(place: str, row: Any) -> None:
+    if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+        raise ValueError(f"{place}: a row is an object with a name")
+    measured = {name: part for name, part in row.items() if isinstance(part, dict) and "seconds" in part}
+    if bool(measured) == ("skipped" in row):
+        raise ValueError(f"{place}: a row has seconds or says why it was skipped")
+    for name, part in measured.items():
+        if part != series(part["seconds"]):
+            raise ValueError(f"{place}.{name}: percentiles are not those of the seconds")

@@ -1,0 +1,91 @@
+"""Models to measure: the embedded one, and the published sizes with random weights, made in place of a download.
+
+A step costs the same at any weights. The random models read prompts with the embedded model's words, 77 ids long.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+import stylemuse
+from stylemuse import Pipeline
+from stylemuse.adapters.canonical import Adapter
+from stylemuse.folder import Networks
+from stylemuse.machine import choose
+from stylemuse.models.amused import Amused, AmusedConfig
+from stylemuse.models.text import ClipText, ClipTextConfig
+from stylemuse.models.tokenizer import build_word_tokenizer
+from stylemuse.models.vq import VQ, VQConfig
+from stylemuse.pipeline import assemble
+from stylemuse.tuning.looks import vocabulary
+from stylemuse.tuning.style import PROJECTIONS
+
+SIZES: Mapping[str, Mapping[str, Any]] = {
+    "amused-256": {"sample_size": 16},
+    "amused-512": {"sample_size": 32, "downsample": True, "upsample": True},
+}
+"""What the published transformers change in the defaults of `AmusedConfig` and of diffusers' UVit2DModel."""
+
+TEXT: Mapping[str, Any] = {
+    "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "projection_dim": 768, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
+    "eos_token_id": 2,
+}  # fmt: skip
+"""CLIP ViT-L/14's text tower."""
+
+MODELS = ("demo", *SIZES)
+
+
+def randomize(module: nn.Module, seed: int) -> None:
+    """Every parameter random, so large that no path vanishes: matrices keep the variance, the rest moves by 0.3."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            fan = parameter[0].numel() if parameter.ndim > 1 else 1
+            if fan > 1 and parameter.shape[:3] != (1, 1, 1):
+                parameter.normal_(std=fan**-0.5, generator=generator)
+            else:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+
+
+def pipeline(model: str, *, device: str | None = None, dtype: str | None = None, seed: int = 0) -> Pipeline:
+    """A pipeline without styles: "demo", or a published size with random weights."""
+    if model == "demo":
+        made = stylemuse.load("demo", device=device, dtype=dtype)
+        for name in made.adapters.names:
+            made.adapters.remove(name)
+        return made
+    machine = choose(device, dtype)
+    return assemble(model, random_networks(AmusedConfig(**SIZES[model]), seed=seed), machine, lambda: model)
+
+
+def random_networks(
+    config: AmusedConfig, *, vq: VQConfig | None = None, text: Mapping[str, Any] = TEXT, seed: int = 0
+) -> Networks:
+    """Networks of these sizes, fp32 on the CPU; ``text`` must take ids of the embedded model's words."""
+    transformer, drawer, encoder = Amused(config), VQ(vq or VQConfig()), ClipText(ClipTextConfig.from_dict(text))
+    for index, network in enumerate((transformer, drawer, encoder)):
+        randomize(network, seed + index)
+    with tempfile.TemporaryDirectory() as folder:
+        words = build_word_tokenizer(vocabulary(), folder, text["max_position_embeddings"])
+    return Networks(
+        transformer.rest(), drawer.eval(), encoder.eval(), words, {"defaults": {"steps": 12, "scale": 10.0}}
+    )
+
+
+def random_adapter(pipe: Pipeline, name: str, *, rank: int = 16, seed: int = 0) -> Adapter:
+    """A LoRA on the attention projections, as aMUSEd's are, with an effect too small to matter to a step's numbers."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pair(inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+        down = torch.randn(rank, inputs, generator=generator) * inputs**-0.5
+        return down, torch.randn(outputs, rank, generator=generator) * 1e-2
+
+    sites = {site: at for site, at in pipe.network.transformer.config.sites().items() if site.endswith(PROJECTIONS)}
+    tensors = {site: pair(at.inputs, at.outputs) for site, at in sites.items()}
+    return Adapter(name=name, kind="lora", tensors=tensors, base_model=pipe.name, descriptor=f"in {name} style")

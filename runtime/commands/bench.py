@@ -1,0 +1,42 @@
+"""``stylemuse bench``: the measurements of ``stylemuse.bench``, found by name when they are asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from ..core import StylemuseError
+from . import options
+from .output import say
+
+MEASUREMENTS = {"step": "steps", "parity": "parity", "pictures": "pictures"}
+"""The module of each."""
+
+
+def bench(
+    context: typer.Context,
+    what: Annotated[str, typer.Argument(help="step, parity or pictures; WHAT --help tells its options.")] = "--help",
+    as_json: options.Json = False,
+) -> None:
+    """Measure: latency per decoding step, parity with the peers at full size, what the pictures show."""
+    if what in ("--help", "-h"):
+        say("Usage: stylemuse bench WHAT [OPTIONS]\n")
+        say("WHAT: step      latency per decoding step and its parts, beside the floor")
+        say("      parity    errors against diffusers, transformers and peft at full size")
+        say("      pictures  what a judge sees in the embedded model's pictures\n")
+        say("WHAT --help tells its options. The last line is the JSON document; --json prints it alone.")
+        return
+    if what not in MEASUREMENTS:
+        raise StylemuseError(f"bench {what} is unknown; allowed: {', '.join(MEASUREMENTS)}")
+    measurement = import_module(f"stylemuse.bench.{MEASUREMENTS[what]}").main
+    if not as_json:
+        measurement(context.args)
+        return
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        measurement(context.args)
+    say(text.getvalue().splitlines()[-1])
