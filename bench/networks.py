@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-import stylemuse
 from stylemuse import Pipeline
 from stylemuse.adapters.canonical import Adapter
-from stylemuse.folder import Networks
+from stylemuse.folder import Networks, read_model
+from stylemuse.hub import resolve
 from stylemuse.machine import choose
 from stylemuse.models.amused import Amused, AmusedConfig
 from stylemuse.models.text import ClipText, ClipTextConfig
@@ -53,15 +53,19 @@ def randomize(module: nn.Module, seed: int) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
 
 
-def pipeline(model: str, *, device: str | None = None, dtype: str | None = None, seed: int = 0) -> Pipeline:
+def pipeline(
+    model: str,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+    slots: int = 64,
+    rank: int = 64,
+) -> Pipeline:
     """A pipeline without styles: "demo", or a published size with random weights."""
-    if model == "demo":
-        made = stylemuse.load("demo", device=device, dtype=dtype)
-        for name in made.adapters.names:
-            made.adapters.remove(name)
-        return made
     machine = choose(device, dtype)
-    return assemble(model, random_networks(AmusedConfig(**SIZES[model]), seed=seed), machine, lambda: model)
+    made = read_model(resolve(model)) if model == "demo" else random_networks(AmusedConfig(**SIZES[model]), seed=seed)
+    return assemble(model, made, machine, lambda: model, slots=slots, rank=rank)
 
 
 def random_networks(

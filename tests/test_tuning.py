@@ -12,7 +12,7 @@ from PIL import Image
 
 import stylemuse as sm
 from stylemuse.tuning import training
-from stylemuse.tuning.style import Recipe, descriptor_of, tune
+from stylemuse.tuning.style import Recipe, _views, descriptor_of, tune
 
 
 def test_masks_have_the_share_they_were_drawn_with() -> None:
@@ -105,6 +105,16 @@ def test_a_style_is_learnt_from_one_picture(tiny_model: Path) -> None:
     pipe.adapters.add("brush", adapter)
     assert (pipe.generate("a fox", style="brush", seed=1).tokens != plain).any()
     assert (pipe.generate("a fox", seed=1).tokens == plain).all()
+
+
+def test_views_are_those_of_the_recipe(tiny_model: Path) -> None:
+    pipe = sm.load(str(tiny_model), dtype="float32")
+    picture = Image.radial_gradient("L").resize((32, 32)).convert("RGB")
+    assert len(_views(pipe, picture, Recipe(shift=1))) == 18
+    both = _views(pipe, picture, Recipe(shift=0))
+    assert torch.equal(both[0], pipe.network.codes(picture, (8, 8)))
+    assert len(both) == 2
+    assert torch.equal(_views(pipe, picture, Recipe(shift=0, mirror=False)), both[:1])
 
 
 def test_tuning_in_another_format_is_refused(tiny_model: Path) -> None:

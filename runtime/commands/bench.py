@@ -13,19 +13,22 @@ from ..core import StylemuseError
 from . import options
 from .output import say
 
-MEASUREMENTS = {"step": "steps", "parity": "parity", "pictures": "pictures"}
+MEASUREMENTS = {"step": "steps", "adapters": "adapters", "parity": "parity", "pictures": "pictures"}
 """The module of each."""
 
 
 def bench(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(help="step, parity or pictures; WHAT --help tells its options.")] = "--help",
+    what: Annotated[
+        str, typer.Argument(help="step, adapters, parity or pictures; WHAT --help tells its options.")
+    ] = "--help",
     as_json: options.Json = False,
 ) -> None:
     """Measure: latency per decoding step, parity with the peers at full size, what the pictures show."""
     if what in ("--help", "-h"):
         say("Usage: stylemuse bench WHAT [OPTIONS]\n")
         say("WHAT: step      latency per decoding step and its parts, beside the floor")
+        say("      adapters  what mixing styles in a batch costs, and what changing them costs")
         say("      parity    errors against diffusers, transformers and peft at full size")
         say("      pictures  what a judge sees in the embedded model's pictures\n")
         say("WHAT --help tells its options. The last line is the JSON document; --json prints it alone.")

@@ -33,7 +33,8 @@ class Recipe:
 
     Attributes:
         rank, rate, steps, batch: of the LoRA, of Adam, and maskings of the picture per step.
-        shift: how far the picture is moved, in pixels.
+        shift: how far the picture is moved, in pixels; a texture bound to the grid of tokens is lost by it.
+        mirror: whether the picture is shown mirrored too.
     """
 
     rank: int = 4
@@ -41,6 +42,7 @@ class Recipe:
     steps: int = 200
     batch: int = 8
     shift: int = 1
+    mirror: bool = True
 
     def __post_init__(self) -> None:
         for name in ("rank", "steps", "batch"):
@@ -98,7 +100,7 @@ def tune(
     stacks = _fresh(sites, recipe.rank, generator)
     trained = [side for pair in stacks.values() for side in (pair.down, pair.up)]
     optimizer = torch.optim.Adam(trained, lr=recipe.rate, betas=(0.9, 0.98))
-    views = _views(pipe, picture, recipe.shift)
+    views = _views(pipe, picture, recipe)
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate * min(1.0, (step + 1) / 10, 2 * (recipe.steps - step) / recipe.steps)
@@ -133,14 +135,15 @@ def _fresh(sites: Mapping[str, Site], rank: int, generator: torch.Generator) -> 
     return stacks
 
 
-def _views(pipe: Pipeline, picture: Image.Image, shift: int) -> Tensor:
-    """Codes (V, h, w) of the picture, mirrored and not, shifted by up to ``shift`` pixels with its edges continued."""
-    network = pipe.network
+def _views(pipe: Pipeline, picture: Image.Image, recipe: Recipe) -> Tensor:
+    """Codes (V, h, w) of the picture as the recipe shows it, its edges continued where it is moved."""
+    network, shift = pipe.network, recipe.shift
     side = network.transformer.config.sample_size
     pixels = side * network.vq.config.factor
     whole = picture.convert("RGB").resize((pixels, pixels), Image.Resampling.LANCZOS)
     x = torch.from_numpy(np.array(whole, dtype=np.float32) / 255).permute(2, 0, 1)[None]
-    padded = F.pad(torch.cat([x, x.flip(3)]), (shift,) * 4, mode="replicate")
+    sides = torch.cat([x, x.flip(3)]) if recipe.mirror else x
+    padded = F.pad(sides, (shift,) * 4, mode="replicate")
     moves = [(i, j) for i in range(2 * shift + 1) for j in range(2 * shift + 1)]
     shown = torch.cat([padded[:, :, i : i + pixels, j : j + pixels] for i, j in moves])
     with torch.no_grad():
