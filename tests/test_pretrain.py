@@ -60,3 +60,15 @@ def test_places_are_named_for_training_only(small: None) -> None:
     assert logits.shape == (3, pretrain.TRANSFORMER.codebook_size)
     assert places.shape == (2, 64, 64)
     assert not any("place" in name for name, _ in painter.transformer.named_parameters())
+
+
+def test_the_tokenizer_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain_vq, "_SPREAD_OVER", 8)
+    first = pretrain_vq.train(tmp_path, 32)
+    assert torch.load(tmp_path / "vq.pt", weights_only=True)["started"], "the second half is quantized"
+    second = pretrain_vq.train(tmp_path, 40)
+    assert torch.load(tmp_path / "vq.pt", weights_only=True)["done"] == 40
+    assert not torch.equal(first.quantize.embedding.weight, second.quantize.embedding.weight)
+    grid = second.encode(torch.rand(1, 3, 64, 64))
+    assert grid.shape == (1, 16, 16)
+    assert second.decode(grid).shape == (1, 3, 64, 64)

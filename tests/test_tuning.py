@@ -107,14 +107,13 @@ def test_a_style_is_learnt_from_one_picture(tiny_model: Path) -> None:
     assert (pipe.generate("a fox", seed=1).tokens == plain).all()
 
 
-def test_views_are_those_of_the_recipe(tiny_model: Path) -> None:
+def test_the_picture_is_shown_as_it_is_and_mirrored(tiny_model: Path) -> None:
     pipe = sm.load(str(tiny_model), dtype="float32")
-    picture = Image.radial_gradient("L").resize((32, 32)).convert("RGB")
-    assert len(_views(pipe, picture, Recipe(shift=1))) == 18
-    both = _views(pipe, picture, Recipe(shift=0))
-    assert torch.equal(both[0], pipe.network.codes(picture, (8, 8)))
-    assert len(both) == 2
-    assert torch.equal(_views(pipe, picture, Recipe(shift=0, mirror=False)), both[:1])
+    picture = Image.linear_gradient("L").rotate(90).resize((40, 40)).convert("RGB")
+    one, two = _views(pipe, picture)
+    assert torch.equal(one, pipe.network.codes(picture, (8, 8)))
+    mirrored = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    assert torch.equal(two, pipe.network.codes(mirrored, (8, 8)))
 
 
 def test_tuning_in_another_format_is_refused(tiny_model: Path) -> None:

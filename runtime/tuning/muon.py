@@ -55,7 +55,9 @@ class Muon:
         for parameter in parameters:
             assert parameter.ndim == 2, "Muon is for matrices"
             self._alike.setdefault(tuple(parameter.shape), []).append(parameter)
-        self._moments = {shape: torch.zeros(len(group), *shape) for shape, group in self._alike.items()}
+        self._moments = {
+            shape: torch.zeros(len(group), *shape, device=group[0].device) for shape, group in self._alike.items()
+        }
 
     @torch.no_grad()
     def step(self, factor: float = 1.0) -> None:

@@ -138,8 +138,9 @@ class Pool:
     def _fresh(self, count: int) -> list[Item]:
         drawn = [next(self.source) for _ in range(count)]
         pictures = torch.from_numpy(np.stack([picture for _, _, picture in drawn])).permute(0, 3, 1, 2)
+        pictures = pictures.to(self.tokenizer.quantize.embedding.weight.device)
         with torch.no_grad():
-            codes = self.tokenizer.encode(pictures.contiguous(memory_format=torch.channels_last))
+            codes = self.tokenizer.encode(pictures.contiguous(memory_format=torch.channels_last)).cpu()
         return [(subject, look, grid) for (subject, look, _), grid in zip(drawn, codes, strict=True)]
 
     def batches(self) -> Iterator[list[Item]]:
@@ -172,8 +173,9 @@ def train(
 ) -> Painter:
     """Train until ``samples`` were seen, resuming from ``run/transformer.pt``; returns the averaged model."""
     torch.manual_seed(seed)
-    dtype = choose("cpu").dtype
-    model = Painter(text.vocab_size, text.end)
+    machine = choose()
+    device, dtype = machine.device, machine.dtype
+    model = Painter(text.vocab_size, text.end).to(device)
     if start is not None:
         weights.load_into(model.text, weights.read(start / "text_encoder"), weights.CLIP_TEXT)
         weights.load_into(model.transformer, weights.read(start / "transformer"), weights.AMUSED)
@@ -190,8 +192,8 @@ def train(
         done = state["done"]
     numbers = np.random.default_rng([seed, 2, done])
     masks = torch.Generator().manual_seed(seed + done)
-    micro, began, step, losses = micro_conditions(_BATCH), time.monotonic(), 0, torch.zeros(2)
-    stream = Pool(tokenizer, numbers).batches()
+    stream, micro = Pool(tokenizer.to(device), numbers).batches(), micro_conditions(_BATCH).to(device)
+    began, step, losses = time.monotonic(), 0, torch.zeros(2, device=device)
     model.train()
     while done < samples:
         factor = warm_hold_decay(done, samples, warm=_WARM, decay=_DECAY)
@@ -203,13 +205,13 @@ def train(
             "" if drop else random_caption(subject, look, numbers)
             for drop, (subject, look, _) in zip(dropped, batch, strict=True)
         ]
-        tokens = torch.stack([grid for _, _, grid in batch])
-        masked = mask_at_random(tuple(tokens.shape), masks)
+        tokens = torch.stack([grid for _, _, grid in batch]).to(device)
+        masked = mask_at_random(tuple(tokens.shape), masks).to(device)
         # In bf16 the fused attention's backward takes five times as long as its matrix products.
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), sdpa_kernel(SDPBackend.MATH):
-            logits, named = model(text(captions), tokens, masked, micro)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), sdpa_kernel(SDPBackend.MATH):
+            logits, named = model(text(captions).to(device), tokens, masked, micro)
         loss = F.cross_entropy(logits.float(), tokens[masked])
-        place = F.cross_entropy(named.float().flatten(0, 1), torch.arange(named.shape[1]).repeat(_BATCH))
+        place = F.cross_entropy(named.float().flatten(0, 1), torch.arange(named.shape[1], device=device).repeat(_BATCH))
         model.zero_grad(set_to_none=True)
         (finite(loss) + _PLACE * place).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -226,7 +228,8 @@ def train(
             parts = {"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict()}
             save(path, parts | {"average": average.state(), "done": done})
     model.load_state_dict(average.values)
-    return model.eval()
+    tokenizer.cpu()
+    return model.cpu().eval()
 
 
 def _optimizers(model: Painter, dtype: torch.dtype) -> tuple[Muon, torch.optim.AdamW]:
@@ -248,7 +251,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="model folder whose VQ tokenizer is taken as it is")
     parser.add_argument("--compile", action="store_true", help="let torch compile the transformer")
     parser.add_argument("--vq-samples", type=int, default=40_000)
-    parser.add_argument("--samples", type=int, default=500_000)
+    parser.add_argument("--samples", type=int, default=160_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     text = build_word_tokenizer(vocabulary(), options.out / "tokenizer", TEXT_LENGTH)

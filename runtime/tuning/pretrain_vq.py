@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import weights
+from ..machine import choose
 from ..models.vq import VQ, ResnetBlock, VQConfig, channels_last
 from .looks import Look
 from .pictograms import Array
@@ -52,7 +53,7 @@ class CodebookAverages:
     def __init__(self, model: VQ, generator: torch.Generator, *, started: bool) -> None:
         self.table = model.quantize.embedding.weight
         self.generator = generator
-        self.counts = torch.ones(self.table.shape[0])
+        self.counts = torch.ones(self.table.shape[0], device=self.table.device)
         self.sums = self.table.detach().clone()
         self.started = started
 
@@ -62,7 +63,7 @@ class CodebookAverages:
         chosen = [latent[0]]
         distance = (latent - latent[0]).square().sum(1)
         while len(chosen) < len(self.counts):
-            place = torch.multinomial(distance.double().square(), 1, generator=self.generator)
+            place = torch.multinomial(distance.double().square().cpu(), 1, generator=self.generator)
             chosen.append(latent[int(place)])
             distance = torch.minimum(distance, (latent - chosen[-1]).square().sum(1))
         self.table.copy_(torch.stack(chosen))
@@ -88,7 +89,8 @@ def train(folder: Path, samples: int, *, start: Path | None = None, seed: int = 
     _initialize(model)
     if start is not None:
         weights.load_into(model, weights.read(start / "vqvae"), weights.VQ)
-    channels_last(model).quantize.embedding.weight.requires_grad_(False)
+    device = choose().device
+    channels_last(model.to(device)).quantize.embedding.weight.requires_grad_(False)
     trained = [value for value in model.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=_RATE, betas=(0.9, 0.98), weight_decay=1e-4)
     average = Average(model, 0.998)
@@ -99,7 +101,8 @@ def train(folder: Path, samples: int, *, start: Path | None = None, seed: int = 
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average.restore(state["average"])
-        codes.counts, codes.sums, done = state["counts"], state["sums"], state["done"]
+        codes.counts, codes.sums = state["counts"].to(device), state["sums"].to(device)
+        done = state["done"]
         codes.started = bool(state["started"])
     numbers = np.random.default_rng([seed, 1, done])
     stream = batches(World(PICTURE).samples(numbers, held_out=True), _BATCH)
@@ -107,7 +110,7 @@ def train(folder: Path, samples: int, *, start: Path | None = None, seed: int = 
     while done < samples:
         for group in optimizer.param_groups:
             group["lr"] = _RATE * warm_hold_decay(done, samples, warm=100 * _BATCH)
-        x = torch.from_numpy(np.stack([picture for _, _, picture in next(stream)])).permute(0, 3, 1, 2)
+        x = torch.from_numpy(np.stack([picture for _, _, picture in next(stream)])).permute(0, 3, 1, 2).to(device)
         if done < (1 - _WHOLE) * samples:
             x = _cropped(x, numbers)
         quantized = codes.started or done >= _CONTINUOUS * samples
@@ -134,7 +137,7 @@ def train(folder: Path, samples: int, *, start: Path | None = None, seed: int = 
             parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state()}
             save(path, parts | {"counts": codes.counts, "sums": codes.sums, "started": codes.started, "done": done})
     model.load_state_dict(average.values, strict=True)
-    return model.eval()
+    return model.cpu().eval()
 
 
 def _initialize(model: VQ) -> None:
@@ -154,6 +157,7 @@ def _latents(model: VQ, source: Iterator[tuple[str, Look, Array]]) -> Tensor:
     made = []
     for batch in islice(batches(source, _BATCH), _SPREAD_OVER // _BATCH):
         x = torch.from_numpy(np.stack([picture for _, _, picture in batch])).permute(0, 3, 1, 2)
+        x = x.to(model.quantize.embedding.weight.device)
         made.append(model.latent(x).permute(0, 2, 3, 1).flatten(0, 2))
     return torch.cat(made)
 

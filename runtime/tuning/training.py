@@ -48,8 +48,10 @@ class Average:
         return {"values": self.values, "updates": self.updates}
 
     def restore(self, state: State) -> None:
-        """From a saved `state`."""
-        self.values, self.updates = dict(state["values"]), int(state["updates"])
+        """From a saved `state`, on whatever device it was saved."""
+        self.updates = int(state["updates"])
+        for name, value in self.values.items():
+            value.copy_(state["values"][name])
 
 
 def save(path: Path, state: State) -> None:
