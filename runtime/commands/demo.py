@@ -16,8 +16,8 @@ from .output import document, progress, say, table
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUBJECTS = ("fox", "elephant", "cactus", "rocket", "castle")
-"""The columns; the embedded model knows them, see ``tuning.world``."""
+SUBJECTS = ("pineapple", "sailboat", "castle", "skull", "umbrella")
+"""The columns; the embedded model knows them, see ``tuning.world``, and none is the picture a style was tuned from."""
 PLAIN = "no style"
 SIDE = 128
 """Pictures are enlarged by a whole number to about this many pixels."""

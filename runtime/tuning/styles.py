@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from ..adapters import canonical
@@ -28,12 +29,15 @@ REFERENCES = {
 }
 """The subject of each style's one picture."""
 
+STEPS = {"ember": 240}
+"""Steps of tuning where they are not the recipe's: two flat colours take longer to tell which of them is the paper."""
+
 DEFAULTS = {"steps": 12, "scale": 2.0}
 # Equal strengths cancel the base's branch on the prompt: two forwards in place of three.
 RECOMMENDED: dict[str, str | int | float] = {"guidance": "StyleDrop", "style": 1.0, "text": 1.0}
 
 
-def write_styles(model: Path, names: list[str], recipe: Recipe, *, seed: int = 0) -> None:
+def write_styles(model: Path, names: list[str], *, steps: int | None, rank: int, rate: float, seed: int = 0) -> None:
     """Tune the named styles into the model's folder, replacing what is there under their names."""
     write_extra(model, {"defaults": DEFAULTS, "styles": []})
     pipe, world = load(str(model), device="cpu", dtype="float32"), World()
@@ -45,12 +49,13 @@ def write_styles(model: Path, names: list[str], recipe: Recipe, *, seed: int = 0
             if step % 50 == 0:
                 report(stage="style", style=style, step=step, of=steps, loss=loss)
 
+        recipe = Recipe(rank=rank, rate=rate, steps=steps or STEPS.get(name, Recipe.steps))
         adapter = tune(
             pipe, picture, prompt, name=name, recipe=recipe, recommended=RECOMMENDED, seed=seed, on_step=progress
         )
         folder = model / "styles" / name
         shutil.rmtree(folder, ignore_errors=True)
-        canonical.save(adapter, folder)
+        canonical.save(replace(adapter, base_model="demo"), folder)
         picture.save(folder / "reference.png")
     there = sorted(path.parent.name for path in (model / "styles").glob("*/adapter.json"))
     write_extra(model, {"defaults": DEFAULTS, "styles": there})
@@ -61,13 +66,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m stylemuse.tuning.styles", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="model folder, as pretraining wrote it")
     parser.add_argument("--styles", nargs="+", choices=list(HELD_OUT), default=list(HELD_OUT))
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--steps", type=int, help="of each; the recipe's, and STEPS, if left out")
     parser.add_argument("--rank", type=int, default=Recipe.rank)
     parser.add_argument("--rate", type=float, default=Recipe.rate)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    recipe = Recipe(rank=options.rank, rate=options.rate, steps=options.steps)
-    write_styles(options.model, options.styles, recipe, seed=options.seed)
+    write_styles(
+        options.model,
+        options.styles,
+        steps=options.steps,
+        rank=options.rank,
+        rate=options.rate,
+        seed=options.seed,
+    )
 
 
 if __name__ == "__main__":
