@@ -23,7 +23,6 @@ from .models.text import TextOutput
 from .models.vq import channels_last
 
 AESTHETIC_SCORE = 6.0
-_PICTURES_AT_ONCE = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,9 +94,9 @@ class Reference:
 
     @torch.no_grad()
     def pixels(self, tokens: Tensor) -> list[Image.Image]:
-        """(B, h, w) codes -> B pictures. A few at a time bounds the memory; each alone in its values."""
+        """(B, h, w) codes -> B pictures, one at a time: bf16 convolutions round otherwise in another batch."""
         pictures = []
-        for part in tokens.split(_PICTURES_AT_ONCE):
+        for part in tokens.split(1):
             drawn = self.vq.decode(part.to(self.device)).float().permute(0, 2, 3, 1)
             pictures += [Image.fromarray(array) for array in (drawn * 255).round().to(torch.uint8).cpu().numpy()]
         return pictures

@@ -13,13 +13,13 @@ from stylemuse.export.merged import write_merged
 
 @pytest.fixture
 def pipe(tiny_model: Path) -> sm.Pipeline:
-    return sm.load(str(tiny_model))
+    return sm.load(str(tiny_model), dtype="float32")
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_merged_folder_computes_what_the_adapter_does(pipe: sm.Pipeline, tmp_path: Path, strength: float) -> None:
     network, slot = pipe.network, pipe.adapters.bank.slot("ink")
-    alone = sm.load(str(write_merged(pipe, "ink", tmp_path / "merged", strength=strength)))
+    alone = sm.load(str(write_merged(pipe, "ink", tmp_path / "merged", strength=strength)), dtype="float32")
     tokens = torch.randint(0, network.mask_id + 1, (1, 64), generator=torch.Generator().manual_seed(0))
     text = network.text("a fox in ink style")
     adapted = network.features(tokens, [network.context(text, (8, 8), slot, strength)])

@@ -16,7 +16,7 @@ from .output import document, progress, say, table
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUBJECTS = ("pineapple", "sailboat", "castle", "skull", "umbrella")
+SUBJECTS = ("pineapple", "sailboat", "castle", "skull")
 """The columns; the embedded model knows them, see ``tuning.world``, and none is the picture a style was tuned from."""
 PLAIN = "no style"
 SIDE = 128
@@ -32,7 +32,7 @@ def demo(
     dtype: options.Dtype = None,
     as_json: options.Json = False,
 ) -> None:
-    """Draw five subjects in every style the model comes with, all in one batch."""
+    """Draw four subjects in every style the model comes with, all in one batch."""
     (path,) = pictures.targets(out)
     began = time.perf_counter()
     from ..core import Request

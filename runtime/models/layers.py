@@ -220,7 +220,8 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        # `torch.linalg.vector_norm` over the positions takes 3 (bf16) to 9 times (fp32) as long on a CPU.
+        norms = x.square().sum(dim=1, keepdim=True, dtype=torch.float32).sqrt().to(x.dtype)
         gain = 1 + self.gamma[0] * (norms / (norms.mean(dim=-1, keepdim=True) + 1e-6))
         return torch.addcmul(self.beta[0], x, gain)
 
