@@ -9,6 +9,7 @@ site, are bitwise y. Differentiable in y, Wd and Wu.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,15 +22,16 @@ def bottleneck_reference(y: Tensor, adapter: Bottleneck | None = None, rows: Row
         return y
     assert rows.slots.shape[0] == y.shape[0], "one slot per row"
     out = y
-    for slot, members in rows.groups:
+    for slot, run in rows.runs:
         width = int(adapter.widths[slot])
         if width == 0:
             continue
-        own, scales = (y, rows.scales) if members is None else (y[members], rows.scales[members])
-        hidden = F.gelu(own @ adapter.down[slot, :, :width])
+        own, scales = y[run], rows.scales[run]
+        hidden = F.gelu(torch.bmm(own, adapter.down[slot, :, :width].expand(len(own), -1, -1)))
         hidden = (hidden * scales[:, None, None]).to(y.dtype)
-        delta = hidden @ adapter.up[slot, :width]
-        out = out + delta if members is None else out.index_add(0, members, delta)
+        if out is y:
+            out = y.clone()
+        out[run].baddbmm_(hidden, adapter.up[slot, :width].expand(len(own), -1, -1))
     return out
 
 

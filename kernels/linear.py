@@ -25,27 +25,31 @@ def linear_reference(
     adapter: LowRank | None = None,
     rows: RowSlots | None = None,
 ) -> Tensor:
-    """The definition in plain torch: rows that share a slot share one pair of matrix products."""
+    """The definition in plain torch.
+
+    Products are batched over the rows of a slot, so that each has the shape it has for a row alone, and are added where
+    they belong: on a CPU it is the passes over y that cost, not the arithmetic.
+    """
     y = F.linear(x, weight, bias)
     if adapter is None or rows is None:
         return y
     parts, outputs = adapter.up.shape[1], adapter.up.shape[3]
     assert rows.slots.shape[0] == x.shape[0], "one slot per row"
     assert y.shape[-1] == parts * outputs, "the adapter's parts must tile the weight's rows"
-    for slot, members in rows.groups:
+    for slot, run in rows.runs:
         rank = int(adapter.ranks[slot])
         if rank == 0:
             continue
-        own, scales = (x, rows.scales) if members is None else (x[members], rows.scales[members])
-        deltas = []
+        own, scales = x[run], rows.scales[run]
+        # One product for all parts: on a CPU three narrow ones cost three times as much.
+        down = adapter.down[slot, :, :, :rank].transpose(0, 1).flatten(1)
+        # Scaling the narrow side costs rank, not outputs, and in fp32 no half-precision rounding of the scale.
+        hidden = (torch.bmm(own, down.expand(len(own), -1, -1)) * scales[:, None, None]).to(x.dtype)
         for part in range(parts):
-            hidden = own @ adapter.down[slot, part, :, :rank]
-            # Scaling the narrow side costs rank, not outputs, and in fp32 no half-precision rounding of the scale.
-            hidden = (hidden * scales[:, None, None]).to(x.dtype)
-            deltas.append(hidden @ adapter.up[slot, part, :rank])
-        delta = deltas[0] if parts == 1 else torch.cat(deltas, dim=-1)
-        # In place: the matrix product's output is needed by nobody else, its gradient included.
-        y = y.add_(delta) if members is None else y.index_add_(0, members, delta)
+            up = adapter.up[slot, part, :rank].expand(len(own), -1, -1)
+            # In place: the matrix product's output is needed by nobody else, its gradient included.
+            target = y[run, :, part * outputs : (part + 1) * outputs]
+            target.baddbmm_(hidden[:, :, part * rank : (part + 1) * rank], up)
     return y
 
 

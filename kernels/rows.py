@@ -42,14 +42,27 @@ class RowSlots:
     scales: Tensor
 
     @cached_property
-    def groups(self) -> tuple[tuple[int, Tensor | None], ...]:
-        """Pairs (slot, rows (k,) int64) of the slots in use, ascending; rows is None where one slot has all rows."""
-        slots = self.slots.tolist()
-        used = sorted({slot for slot in slots if slot != BASE})
-        assert not used or used[0] > BASE, "a slot is -1 or an index into the bank"
-        if len(used) == 1 and BASE not in slots:
-            return ((used[0], None),)
-        return tuple((slot, (self.slots == slot).nonzero().squeeze(1)) for slot in used)
+    def runs(self) -> tuple[tuple[int, slice], ...]:
+        """Pairs (slot, its rows), evenly spaced so that they are a view; a slot has as many runs as that takes."""
+        places: dict[int, list[int]] = {}
+        for row, slot in enumerate(self.slots.tolist()):
+            assert slot >= BASE, "a slot is -1 or an index into the bank"
+            if slot != BASE:
+                places.setdefault(slot, []).append(row)
+        return tuple((slot, run) for slot, rows in sorted(places.items()) for run in _evenly_spaced(rows))
+
+
+def _evenly_spaced(rows: list[int]) -> list[slice]:
+    """Ascending rows as slices, each as long as it can be from where the last one ended."""
+    slices, start = [], 0
+    while start < len(rows):
+        step = rows[start + 1] - rows[start] if start + 1 < len(rows) else 1
+        end = start + 1
+        while end < len(rows) and rows[end] - rows[end - 1] == step:
+            end += 1
+        slices.append(slice(rows[start], rows[end - 1] + 1, step))
+        start = end
+    return slices
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,36 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-6, atol=1e-6)
 
 
+@given(st.lists(st.integers(-1, 3), max_size=12))
+@settings(deadline=None)
+def test_runs_hold_every_adapted_row_once(slots: list[int]) -> None:
+    given_rows = rows(slots)
+    numbers = list(range(len(slots)))
+    found = [(row, slot) for slot, run in given_rows.runs for row in numbers[run]]
+    assert sorted(found) == [(row, slot) for row, slot in enumerate(slots) if slot >= 0]
+
+
+def test_evenly_spaced_rows_are_one_run() -> None:
+    assert rows([0, -1, 0, -1, 0, -1]).runs == ((0, slice(0, 5, 2)),)
+    assert rows([2, 1, 1, 2, 2, 2]).runs == ((1, slice(1, 3, 1)), (2, slice(0, 4, 3)), (2, slice(4, 6, 1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_the_same_to_the_bit_among_many(dtype: torch.dtype) -> None:
+    """At a size where matrix products are blocked and threaded."""
+    inputs, outputs, rank = 192, 160, 16
+    down, up = torch.randn(SLOTS, PARTS, inputs, rank), torch.randn(SLOTS, PARTS, rank, outputs)
+    adapter = LowRank(down.to(dtype), up.to(dtype), torch.tensor([16, 8, 16, 0, 5]))
+    x, weight = torch.randn(7, 77, inputs).to(dtype), torch.randn(PARTS * outputs, inputs).to(dtype)
+    slots = [0, -1, 0, 4, 0, 1, 2]
+    together = linear(x, weight, None, adapter, rows(slots)) - F.linear(x, weight)
+    for row, slot in enumerate(slots):
+        one = x[row : row + 1]
+        assert torch.equal(
+            together[row : row + 1], linear(one, weight, None, adapter, rows([slot])) - F.linear(one, weight)
+        )
+
+
 def test_linear_gradients() -> None:
     given_rows, ranks = rows([1, -1, 1, 4], [0.5, 1.0, 2.0, -1.0]), torch.tensor([6, 2, 3, 0, 5])
     x, weight = torch.randn(4, 2, INPUTS).double(), torch.randn(PARTS * OUTPUTS, INPUTS).double()
