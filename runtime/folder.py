@@ -94,6 +94,9 @@ def write_model(
     for part, (network, stem, config) in networks.items():
         (folder / part).mkdir(parents=True, exist_ok=True)
         tensors = {name: value.to(dtype) for name, value in weights.to_checkpoint(network, _TABLES[part]).items()}
+        if part == "vqvae":
+            tensors |= _wide_codes(tensors, vq.config)
+            config["vq_embed_dim"] = None
         save_file(tensors, folder / part / f"{stem}.safetensors", metadata={"format": "pt"})
         _write_json(folder / part / "config.json", {"_class_name": _PARTS[part][1]} | config)
     schedule = {"mask_token_id": transformer.config.mask_id, "masking_schedule": "cosine"}
@@ -103,6 +106,19 @@ def write_model(
     _write_json(folder / "model_index.json", {"_class_name": "AmusedPipeline"} | index)
     if extra is not None:
         write_extra(folder, extra)
+
+
+def _wide_codes(tensors: Mapping[str, torch.Tensor], config: VQConfig) -> dict[str, torch.Tensor]:
+    """Codes as wide as the latent, by zeros that change nothing: `AmusedPipeline` reads them at that width only."""
+    assert config.embed_dim <= config.latent_channels, "codes wider than the latent"
+    axes = {"quantize.embedding.weight": 1, "quant_conv.weight": 0, "quant_conv.bias": 0, "post_quant_conv.weight": 1}
+    wide = {}
+    for name, axis in axes.items():
+        shape = list(tensors[name].shape)
+        shape[axis] = config.latent_channels
+        wide[name] = tensors[name].new_zeros(shape)
+        wide[name].narrow(axis, 0, config.embed_dim).copy_(tensors[name])
+    return wide
 
 
 def write_extra(folder: Path, extra: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import UVit2DModel, VQModel
+from diffusers import AmusedPipeline, UVit2DModel, VQModel
 from PIL import Image
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -50,6 +50,13 @@ def test_diffusers_draws_the_same_pixels(pipe: sm.Pipeline) -> None:
     width = pipe.network.vq.config.embed_dim
     expected = peer.decode(tokens, force_not_quantize=True, shape=(1, 16, 16, width)).sample.clip(0, 1)
     assert (pipe.network.vq.decode(tokens) - expected).abs().max() <= 1e-4
+
+
+def test_the_pipeline_of_diffusers_draws_with_it() -> None:
+    peer = AmusedPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
+    peer.set_progress_bar_config(disable=True)
+    pictures = peer(["a fox", "an owl"], num_inference_steps=2, guidance_scale=2.0).images
+    assert [picture.size for picture in pictures] == [(64, 64), (64, 64)]
 
 
 def test_styles_are_there_with_their_reference_pictures(pipe: sm.Pipeline) -> None:
