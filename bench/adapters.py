@@ -8,8 +8,6 @@ memory  of the process before and after a thousand swaps
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +22,7 @@ from stylemuse.machine import DTYPES
 
 from . import measure, steps
 from .arguments import Arguments, count
-from .networks import MODELS, pipeline, random_adapter
+from .networks import MODELS, pipeline, random_adapter, style_name
 
 REGISTERED = (1, 16, 64, 256)
 MANY_SWAPS = 1000
@@ -52,7 +50,7 @@ def swaps(pipe: Pipeline, registered: Sequence[int], *, repeats: int) -> list[di
             rows.append({"name": f"{pipe.name}, {number} registered", **facts, "skipped": why})
             continue
         for index in range(len(pipe.adapters), number):
-            pipe.adapters.add(_name(index), random_adapter(pipe, _name(index), rank=steps.RANK, seed=index))
+            pipe.adapters.add(style_name(index), random_adapter(pipe, style_name(index), rank=steps.RANK, seed=index))
         with _changes(pipe) as changes:
             for where, change in changes.items():
                 name = f"{pipe.name}, from {where}, {number} registered"
@@ -77,7 +75,7 @@ def memory(pipe: Pipeline, number: int) -> dict[str, Any]:
 def _changes(pipe: Pipeline) -> Iterator[dict[str, Callable[[], Any]]]:
     """Ways to change the first style, by where the new one comes from; two take turns, so that each is a change."""
     bank = pipe.adapters.bank
-    pair = [random_adapter(pipe, _name(0), rank=steps.RANK, seed=1000 + index) for index in range(2)]
+    pair = [random_adapter(pipe, style_name(0), rank=steps.RANK, seed=1000 + index) for index in range(2)]
     names, held = cycle(pipe.adapters.names), cycle(pair)
     with tempfile.TemporaryDirectory(prefix="stylemuse-bench-") as folder:
         for index, adapter in enumerate(pair):
@@ -85,8 +83,8 @@ def _changes(pipe: Pipeline) -> Iterator[dict[str, Callable[[], Any]]]:
         files = cycle(Path(folder) / str(index) for index in range(2))
         yield {
             "resident": lambda: bank.release(bank.acquire(next(names))),
-            "host memory": lambda: pipe.adapters.add(_name(0), next(held), swap=True),
-            "disk": lambda: pipe.adapters.add(_name(0), next(files), swap=True),
+            "host memory": lambda: pipe.adapters.add(style_name(0), next(held), swap=True),
+            "disk": lambda: pipe.adapters.add(style_name(0), next(files), swap=True),
         }
 
 
@@ -101,10 +99,6 @@ def _times(change: Callable[[], Any], repeats: int, pipe: Pipeline) -> list[floa
         measure.synchronize(pipe.network.device)
         seconds.append(time.perf_counter() - began)
     return seconds
-
-
-def _name(index: int) -> str:
-    return f"random-{index}"
 
 
 def show(mixed: Sequence[dict[str, Any]], swapped: Sequence[dict[str, Any]]) -> None:
@@ -130,13 +124,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=count, default=8, help="pictures in a batch")
     parser.add_argument("--branches", type=int, choices=(1, 2), default=2)
     parser.add_argument("--dtype", choices=DTYPES, help="chosen by the machine if left out")
-    parser.add_argument("--device", help="cpu, cuda, ...; chosen if left out")
     parser.add_argument("--steps", type=count, default=12, help="decoding steps of a picture, at least 2")
     parser.add_argument("--repeats", type=count, default=5, help="of each batch")
     parser.add_argument("--swaps", type=count, default=50, help="of each kind")
     parser.add_argument("--registered", nargs="+", type=count, default=list(REGISTERED))
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
-    parser.add_argument("--out", type=Path, help="write the JSON document to this file too")
+    parser.common()
     options = parser.parse_args(arguments)
     if options.steps < 2 or options.batch < 2:
         parser.error("--steps and --batch are at least 2")
@@ -151,9 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     swapped = swaps(pipe, sorted(set(options.registered)), repeats=options.swaps)
     swapped.append(memory(pipe, MANY_SWAPS))
     show(mixed, swapped)
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    command = " ".join(["stylemuse bench adapters", *given])
-    document = measure.document(command, options.seed, pipe.network.device, rates, step=mixed, adapter_swap=swapped)
-    if options.out is not None:
-        options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(document))
+    document = measure.document(
+        parser.command, options.seed, pipe.network.device, rates, step=mixed, adapter_swap=swapped
+    )
+    measure.publish(document, options.out)

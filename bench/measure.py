@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -190,6 +191,20 @@ def document(
     }
     check(made)
     return made
+
+
+def publish(made: Mapping[str, Any], out: Path | None) -> None:
+    """Write a document to a file, if one is named, and print it on the last line."""
+    check(made)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(made))
+
+
+def progress(done: int, total: int) -> None:
+    """How far `interleaved` is, on standard error."""
+    print(f"{done} of {total} runs", file=sys.stderr, flush=True)
 
 
 def check(value: Any) -> None:

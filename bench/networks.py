@@ -6,7 +6,9 @@ A step costs the same at any weights. The random models read prompts with the em
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import nn
 
 from stylemuse import Pipeline
 from stylemuse.adapters.canonical import Adapter
-from stylemuse.folder import Networks, read_model
+from stylemuse.folder import Networks, read_model, write_model
 from stylemuse.hub import resolve
 from stylemuse.machine import choose
 from stylemuse.models.amused import Amused, AmusedConfig
@@ -80,6 +82,26 @@ def random_networks(
     return Networks(
         transformer.rest(), drawer.eval(), encoder.eval(), words, {"defaults": {"steps": 12, "scale": 10.0}}
     )
+
+
+@contextmanager
+def write_folder(model: str, *, seed: int = 0) -> Iterator[Path]:
+    """A folder in diffusers' layout with the weights of `pipeline`, fp32; of a published size it is a temporary one."""
+    if model == "demo":
+        yield resolve(model)
+        return
+    made = random_networks(AmusedConfig(**SIZES[model]), seed=seed)
+    with tempfile.TemporaryDirectory(prefix="stylemuse-bench-") as name:
+        folder = Path(name)
+        build_word_tokenizer(vocabulary(), folder / "tokenizer", made.text.config.max_position_embeddings)
+        write_model(folder, made.transformer, made.vq, made.text, dtype=torch.float32, extra=made.extra)
+        del made
+        yield folder
+
+
+def style_name(index: int) -> str:
+    """The name of a random style."""
+    return f"random-{index}"
 
 
 def random_adapter(pipe: Pipeline, name: str, *, rank: int = 16, seed: int = 0) -> Adapter:

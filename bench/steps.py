@@ -10,14 +10,11 @@ adapters   none, one for all pictures, or many: each picture its own
 from __future__ import annotations
 
 import gc
-import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count as counting
 from itertools import product
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -29,7 +26,7 @@ from stylemuse.machine import DTYPES
 
 from . import cost, measure
 from .arguments import Arguments, count
-from .networks import MODELS, pipeline, random_adapter
+from .networks import MODELS, pipeline, random_adapter, style_name
 
 PARTS = ("transformer", "head", "sampling", "remask")
 """Of a step."""
@@ -63,7 +60,7 @@ class Variant:
         guidance = {1: StyleDrop(0.0, 0.0), 2: StyleDrop(1.0, 1.0), 3: StyleDrop(1.0, 2.0)}[self.branches]
         made = []
         for index in range(self.batch):
-            style = {"none": None, "one": _style(0), "many": _style(index)}[self.adapters]
+            style = {"none": None, "one": style_name(0), "many": style_name(index)}[self.adapters]
             recipe = guidance if style is not None else CFG(1.0 if self.branches == 1 else 2.0)
             made.append(
                 Request(f"a fox {numbers()}", style=style, seed=index, guidance=recipe, sampling=Sampling(steps=steps))
@@ -86,7 +83,7 @@ def run(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of steps and rows of calls, one of each per variant."""
     for index in range(max((v.batch for v in chosen if v.adapters == "many"), default=1)):
-        pipe.adapters.add(_style(index), random_adapter(pipe, _style(index), rank=RANK, seed=index))
+        pipe.adapters.add(style_name(index), random_adapter(pipe, style_name(index), rank=RANK, seed=index))
     timings: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in chosen}
     numbers = counting()
 
@@ -95,7 +92,7 @@ def run(
         timings[variant.name].append(dict(results[0].timings))
 
     runs = {variant.name: partial(draw, variant) for variant in chosen}
-    clock = measure.interleaved(runs, repeats=repeats, device=pipe.network.device, on_run=_progress)
+    clock = measure.interleaved(runs, repeats=repeats, device=pipe.network.device, on_run=measure.progress)
     measured = {name: values[1:] for name, values in timings.items()}  # the first was the warm-up
     step_rows = [_step_row(pipe, variant, measured[variant.name], steps, rates) for variant in chosen]
     call_rows = [
@@ -158,14 +155,6 @@ def _facts(pipe: Pipeline, variant: Variant, steps: int) -> dict[str, Any]:
     }
 
 
-def _style(index: int) -> str:
-    return f"random-{index}"
-
-
-def _progress(done: int, total: int) -> None:
-    print(f"{done} of {total} runs", file=sys.stderr, flush=True)
-
-
 def show_paper(pipe: Pipeline, chosen: Sequence[Variant], steps: int, rates: dict[str, Any]) -> None:
     """The cost cards, before anything is measured."""
     dtype = measure.short(pipe.network.dtype)
@@ -199,15 +188,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", nargs="+", type=count, default=[1, 8], help="pictures drawn at once")
     parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, default=list(ADAPTERS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="chosen by the machine if left out")
-    parser.add_argument("--device", help="cpu, cuda, ...; chosen if left out")
     parser.add_argument("--steps", type=count, default=12, help="decoding steps of a picture, at least 2")
     parser.add_argument("--repeats", type=count, default=5, help="pictures per variant")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
-    parser.add_argument("--out", type=Path, help="write the JSON document to this file too")
+    parser.common()
     options = parser.parse_args(arguments)
     if options.steps < 2:
         parser.error("argument --steps: 1 is not allowed: at least 2, the first stands apart")
-    given = sys.argv[1:] if arguments is None else list(arguments)
     chosen = variants(options.branches, options.batches, options.adapters)
     if not chosen:
         parser.error("nothing to measure: three branches need an adapter, and many adapters more than one picture")
@@ -225,8 +211,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         del pipe
         gc.collect()
     show(steps)
-    command = " ".join(["stylemuse bench step", *given])
-    document = measure.document(command, options.seed, device, rates, step=steps, call=calls)
-    if options.out is not None:
-        options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(document))
+    measure.publish(measure.document(parser.command, options.seed, device, rates, step=steps, call=calls), options.out)

@@ -34,7 +34,7 @@ def test_the_document(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("where", ["host memory", "disk"])
 def test_a_swap_changes_the_pictures(where: str) -> None:
     pipe = networks.pipeline("demo", dtype="float32", slots=3, rank=16)
-    name = adapters._name(0)
+    name = networks.style_name(0)
     pipe.adapters.add(name, networks.random_adapter(pipe, name))
     slot = pipe.adapters.bank.slot(name)
     with adapters._changes(pipe) as changes:

@@ -13,29 +13,35 @@ from ..core import StylemuseError
 from . import options
 from .output import say
 
-MEASUREMENTS = {"step": "steps", "adapters": "adapters", "parity": "parity", "pictures": "pictures"}
-"""The module of each."""
+MEASUREMENTS = {
+    "step": ("steps", "latency per decoding step and its parts, beside the floor"),
+    "adapters": ("adapters", "what mixing styles in a batch costs, and what changing them costs"),
+    "peers": ("peers", "the same pictures with diffusers, torch.compile, PEFT and ONNX Runtime"),
+    "start": ("start", "from process start to a loaded model and to the first picture"),
+    "parity": ("parity", "errors against diffusers, transformers and peft at full size"),
+    "pictures": ("pictures", "what a judge sees in the embedded model's pictures"),
+    "report": ("report", "one HTML page and plots of what was measured"),
+    "tables": ("tables", "the README's tables, from bench/results"),
+}
+"""The module of each, and what it measures."""
 
 
 def bench(
     context: typer.Context,
-    what: Annotated[
-        str, typer.Argument(help="step, adapters, parity or pictures; WHAT --help tells its options.")
-    ] = "--help",
+    what: Annotated[str, typer.Argument(help=f"{', '.join(MEASUREMENTS)}; WHAT --help tells its options.")] = "--help",
     as_json: options.Json = False,
 ) -> None:
     """Measure: latency per decoding step, parity with the peers at full size, what the pictures show."""
     if what in ("--help", "-h"):
         say("Usage: stylemuse bench WHAT [OPTIONS]\n")
-        say("WHAT: step      latency per decoding step and its parts, beside the floor")
-        say("      adapters  what mixing styles in a batch costs, and what changing them costs")
-        say("      parity    errors against diffusers, transformers and peft at full size")
-        say("      pictures  what a judge sees in the embedded model's pictures\n")
+        for name, (_, about) in MEASUREMENTS.items():
+            say(f"  {name:10}{about}")
+        say("")
         say("WHAT --help tells its options. The last line is the JSON document; --json prints it alone.")
         return
     if what not in MEASUREMENTS:
         raise StylemuseError(f"bench {what} is unknown; allowed: {', '.join(MEASUREMENTS)}")
-    measurement = import_module(f"stylemuse.bench.{MEASUREMENTS[what]}").main
+    measurement = import_module(f"stylemuse.bench.{MEASUREMENTS[what][0]}").main
     if not as_json:
         measurement(context.args)
         return

@@ -1,0 +1,120 @@
+"""``stylemuse bench tables``: the tables of the README, made from the files in ``bench/results``.
+
+A table stands between two comments, ``<!-- table: NAME -->`` and ``<!-- end -->``; what is between them is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import stylemuse as sm
+
+from .arguments import Arguments
+from .report import read
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
+MACHINE = "epyc-2-bf16"
+"""Whose results the README shows; `bench/NOTES.md` says what it is."""
+
+_PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in lines)
+
+
+def parity(results: Path) -> str:
+    """Errors against the peers at full size."""
+    found = json.loads((results / "parity.json").read_text(encoding="utf-8"))["results"]
+    text, picture = found["text"], found["tokenizer"]
+    worst = max(text["penultimate"]["relative"], text["pooled"]["relative"])
+    rows = [
+        ["text, CLIP ViT-L", f"{text['parameters']:,}", "transformers", _error(worst)],
+        ["VQ, 256 px picture", f"{picture['parameters']:,}", "diffusers", _error(picture["picture"]["relative"])],
+    ]
+    for size in ("amused-256", "amused-512"):
+        one = found[size]
+        lora = one["lora"]
+        rows.append([f"{size}, logits", f"{one['parameters']:,}", "diffusers", _error(one["logits"]["relative"])])
+        rows.append(
+            [f"{size}, LoRA of rank 16", f"{lora['parameters']:,}", "peft", _error(lora["at_its_place"]["relative"])]
+        )
+        rows.append([f"{size}, the same merged", "", "peft", _error(lora["merged"]["relative"])])
+    return table(["network", "parameters", "peer", "error"], rows)
+
+
+def peers(results: Path) -> str:
+    """A decoding step beside those of the peers, as ratios in one run."""
+    rows = []
+    for name in ("diffusers", "compiled", "peft", "onnx"):
+        path = results / f"peers-{name}-amused-256-{MACHINE}.json"
+        if not path.exists():
+            continue
+        found = read(path)["step"]
+        ours = [row for row in found if row["who"] == "stylemuse"]
+        for row in found:
+            if row["who"] != "stylemuse":
+                ratios = {own["dtype"]: own["times_as_long"].get(row["name"]) for own in ours}
+                rows.append([row["name"], str(row["batch"]), *(_times(ratios.get(each)) for each in _DTYPES)])
+    return table(["peer", "pictures", *(f"to ours in {dtype}" for dtype in _DTYPES)], rows)
+
+
+def adapters(results: Path) -> str:
+    """What mixing and changing styles costs."""
+    document = read(results / f"adapters-amused-256-{MACHINE}.json")
+    rows = [[row["name"], f"{row['to_base']:.3f} of the base's step"] for row in document["step"]]
+    rows += [[row["name"], _span(row["wall"]["p50"])] for row in document["adapter_swap"] if "wall" in row]
+    return table(["", ""], rows)
+
+
+_DTYPES = ("float32", "bfloat16")
+TABLES: Mapping[str, Callable[[Path], str]] = {"parity": parity, "peers": peers, "adapters": adapters}
+
+
+def rendered(text: str, results: Path = RESULTS) -> str:
+    """The text with every table made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise sm.StylemuseError(f"table {match[2]} is unknown; allowed: {', '.join(TABLES)}")
+        return f"{match[1]}{TABLES[match[2]](results)}{match[3]}"
+
+    return _PLACE.sub(made, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the README's tables; the last line says whether anything changed."""
+    parser = Arguments(prog="stylemuse bench tables", description=__doc__.partition("\n")[0])
+    parser.add_argument("--readme", type=Path, default=README)
+    options = parser.parse_args(arguments)
+    try:
+        before = options.readme.read_text(encoding="utf-8")
+    except OSError as error:
+        raise sm.StylemuseError(f"{options.readme}: {error.strerror}; give the checkout's with --readme") from None
+    after = rendered(before)
+    if after != before:
+        options.readme.write_text(after, encoding="utf-8")
+    print(json.dumps({"readme": str(options.readme), "changed": after != before}))
+
+
+def _error(value: float) -> str:
+    return "0" if value == 0 else f"{value:.1e}".replace("e-0", "e-")
+
+
+def _times(value: Any) -> str:
+    return "" if value is None else f"{value:.2f} times as long"
+
+
+def _span(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 1e-6:.1f} us"
