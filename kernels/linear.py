@@ -2,20 +2,45 @@
 
 x (R, N, in), W (P out, in), b (P out,) -> (R, N, P out). The P parts are the projections fused into one weight (q, k
 and v). A (S, P, in, r) and B (S, P, r, out) are the stacked pairs of all slots, of which a row takes its own slot's;
-alpha / r is already in B. Source: LoRA, arXiv 2106.09685, Eq. 3.
+alpha / r is already in B. Source: LoRA, arXiv 2106.09685, Eq. 3. What is around a projection comes along, in order:
 
-Rows of slot -1 are bitwise what `F.linear` gives: their values are not touched, not even by adding zero. The same
-holds for rows whose adapter has nothing at this site. A slot is read up to its own rank, so that a result does not
-depend on the ranks of its neighbours. Differentiable in x, W, b, A and B.
+    norm         of x, and its modulation, as in `norm`
+    activation   "gelu": gelu(y), or "geglu": value gelu(gate), (value, gate) being the halves of y; the exact gelu
+    residual     + x0, of the output's shape
+    modulation   times gain plus shift, (R, 2, out), one pair per row
+
+The reference: rows of slot -1 are bitwise what `F.linear` gives: their values are not touched, not even by adding zero.
+The same holds for rows whose adapter has nothing at this site. A slot is read up to its own rank, so that a result does
+not depend on the ranks of its neighbours. Differentiable in x, W, b, A and B.
+
+The kernel: rows come in runs of N tokens, so a tile of tokens is cut from one row and has one slot: nothing is
+gathered, and a base tile takes the loop without adapters, uniformly. x A is summed in the K loop beside x W^T, from the
+tile of x that is there anyway; one narrow product with B follows. Apart, with R N = T tokens and e bytes a number, the
+adapter would read x again and read and write y (T (in + 2 P out) e bytes), and gelu, residual and modulation would each
+read and write y; here none of these bytes move. Base tiles are bitwise what the kernel gives without adapters. A norm
+is the only part with a price: each program first passes over its tokens for the mean and the mean square, which finds
+x in the L2 cache, and so saves a launch and T in numbers written and read. Not measured on a GPU yet.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .device import gelu, multiply
+from .dispatch import REFERENCE, Kernels, constant, forward_only, jit, operator, tl
+from .norm import Kind, Norm, modulate
 from .rows import LowRank, RowSlots
+from .tuning import INTERPRETER, Call, Launch, Specimen, ceil_div, family, named_strides, pick, power_of_two, precision
+
+Activation = Literal["none", "gelu", "geglu"]
+_NARROW = constant(16)
+"""Ranks up to this take a loop of this width, the narrowest of the matrix units."""
 
 
 def linear_reference(
@@ -53,12 +78,416 @@ def linear_reference(
     return y
 
 
+def _followed(y: Tensor, activation: str, residual: Tensor | None, modulation: Tensor | None) -> Tensor:
+    """What comes after the projection, in plain torch."""
+    if activation == "gelu":
+        y = F.gelu(y)
+    elif activation == "geglu":
+        value, gate = y.chunk(2, dim=-1)
+        y = value * F.gelu(gate)
+    if residual is not None:
+        y = residual + y
+    return y if modulation is None else modulate(y, modulation)
+
+
+def choices(architecture: str, dtype: torch.dtype, outputs: int, activation: str) -> tuple[Launch, ...]:
+    """The launches for a weight, the default first.
+
+    Wide weights fill the chip with large tiles; narrow ones need more, smaller tiles: 512 tokens x 1024 outputs are 32
+    tiles of 128 x 128, on 132 multiprocessors. A gate is a second tile. fp32 has twice the bytes.
+    """
+    if architecture == INTERPRETER:
+        return (_launch(64, 64, 32, 4, 1),)
+    if dtype == torch.float32:
+        small, taller = _launch(32, 32, 16, 4, 2), _launch(64, 32, 16, 8, 2)
+        if architecture == "sm_80":
+            return (small,)
+        return (_launch(32, 16, 16, 4, 2),) if activation == "geglu" else (taller, small)
+    # Without asynchronous matrix units the tiles being multiplied lie in registers.
+    depth, stages = (32, 3) if architecture in ("sm_80", "gfx942") else (64, 4)
+    stages = 2 if architecture == "gfx942" else stages
+    wide, middle = _launch(128, 128, depth, 8, min(stages, 3)), _launch(128, 64, depth, 8, stages)
+    narrow, small = _launch(64, 64, depth, 4, stages), _launch(64, 64, depth, 8, stages)
+    if activation == "geglu":
+        return middle, small
+    return (wide, narrow, middle) if outputs >= 2048 else (narrow, wide, middle)
+
+
+def _launch(tokens: int, outputs: int, inputs: int, warps: int, stages: int) -> Launch:
+    return Launch({"BLOCK_TOKENS": tokens, "BLOCK_OUTPUTS": outputs, "BLOCK_INPUTS": inputs}, warps, stages)
+
+
+@jit
+def _statistics(
+    x: tl.tensor,
+    x_input: tl.tensor,
+    token_inside: tl.tensor,
+    epsilon: tl.tensor,
+    CENTRED: tl.constexpr,
+    INPUTS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+) -> tl.tuple:
+    """Of the tokens x points to: the mean to be taken off, 0 unless CENTRED, and one over the spread."""
+    mean = tl.zeros((BLOCK_TOKENS,), tl.float32)
+    if CENTRED:
+        for first in range(0, INPUTS, BLOCK_INPUTS):
+            places = first + tl.arange(0, BLOCK_INPUTS)
+            inside = token_inside[:, None] & (places < INPUTS)[None, :]
+            mean += tl.sum(tl.load(x[:, None] + places[None, :] * x_input, inside, 0.0).to(tl.float32), 1)
+        mean = mean / INPUTS
+    square = tl.zeros((BLOCK_TOKENS,), tl.float32)
+    for first in range(0, INPUTS, BLOCK_INPUTS):
+        places = first + tl.arange(0, BLOCK_INPUTS)
+        inside = token_inside[:, None] & (places < INPUTS)[None, :]
+        value = tl.load(x[:, None] + places[None, :] * x_input, inside, 0.0).to(tl.float32)
+        value = tl.where(inside, value - mean[:, None], 0.0)
+        square += tl.sum(value * value, 1)
+    return mean, 1.0 / tl.sqrt(square / INPUTS + epsilon)
+
+
+@jit
+def _products(
+    base: tl.tuple,
+    adapter: tl.tuple,
+    norm: tl.tuple,
+    steps: tl.tuple,
+    token_inside: tl.tensor,
+    column_inside: tl.tensor,
+    RANK: tl.constexpr,
+    GATED: tl.constexpr,
+    NORMED: tl.constexpr,
+    MODULATED: tl.constexpr,
+    INPUTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+) -> tl.tuple:
+    """One tile of x W^T plus, where RANK is not 0, scale (x A) B on so many lanes; and the gate's where GATED.
+
+    base: pointers to the tile's tokens of x, and to its outputs of W and of the gate. adapter: pointers to the row's A
+    and to the tile's outputs of B and of the gate's B; scale and rank. norm: the tokens' statistics, pointers to the
+    norm's weight and to the row's gain and shift. steps: strides of an input in x, W, A, the norm's weight and the
+    gain, of a lane in A and B.
+    """
+    x, weight, gate = base
+    down, up, gate_up, scale, rank = adapter
+    mean, inverse, norm_weight, norm_gain, norm_shift = norm
+    x_input, weight_input, down_input, norm_input, gain_input, down_lane, up_lane = steps
+    lanes = tl.arange(0, max(RANK, 1))
+    lane_inside = lanes < rank
+    value = tl.zeros((BLOCK_TOKENS, BLOCK_OUTPUTS), tl.float32)
+    gated = value
+    hidden = tl.zeros((BLOCK_TOKENS, max(RANK, 1)), tl.float32)
+    for first in range(0, INPUTS, BLOCK_INPUTS):
+        places = first + tl.arange(0, BLOCK_INPUTS)
+        x_inside, weight_inside, down_inside = token_inside[:, None], column_inside[None, :], lane_inside[None, :]
+        if INPUTS % BLOCK_INPUTS != 0:
+            inside = places < INPUTS
+            x_inside, weight_inside = x_inside & inside[None, :], weight_inside & inside[:, None]
+            down_inside = down_inside & inside[:, None]
+        x_tile = tl.load(x[:, None] + places[None, :] * x_input, x_inside, 0.0)
+        if NORMED:
+            wide = (x_tile.to(tl.float32) - mean[:, None]) * inverse[:, None]
+            wide *= tl.load(norm_weight + places * norm_input, places < INPUTS, 0.0).to(tl.float32)[None, :]
+            if MODULATED:
+                gain = tl.load(norm_gain + places * gain_input, places < INPUTS, 0.0).to(tl.float32)
+                shift = tl.load(norm_shift + places * gain_input, places < INPUTS, 0.0).to(tl.float32)
+                wide = wide * gain[None, :] + shift[None, :]
+            x_tile = wide.to(x.dtype.element_ty)
+        weight_tile = tl.load(weight[None, :] + places[:, None] * weight_input, weight_inside, 0.0)
+        value = multiply(x_tile, weight_tile, value, PRECISION)
+        if GATED:
+            gate_tile = tl.load(gate[None, :] + places[:, None] * weight_input, weight_inside, 0.0)
+            gated = multiply(x_tile, gate_tile, gated, PRECISION)
+        if RANK > 0:
+            down_at = down + places[:, None] * down_input + lanes[None, :] * down_lane
+            hidden = multiply(x_tile, tl.load(down_at, down_inside, 0.0), hidden, PRECISION)
+    if RANK > 0:
+        scaled = (hidden * scale).to(up.dtype.element_ty)
+        up_inside = lane_inside[:, None] & column_inside[None, :]
+        up_tile = tl.load(up[None, :] + lanes[:, None] * up_lane, up_inside, 0.0)
+        value = multiply(scaled, up_tile, value, PRECISION)
+        if GATED:
+            gate_up_tile = tl.load(gate_up[None, :] + lanes[:, None] * up_lane, up_inside, 0.0)
+            gated = multiply(scaled, gate_up_tile, gated, PRECISION)
+    return value, gated
+
+
+@jit
+def _linear_kernel(
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    down: tl.tensor,
+    up: tl.tensor,
+    ranks: tl.tensor,
+    slots: tl.tensor,
+    scales: tl.tensor,
+    residual: tl.tensor,
+    modulation: tl.tensor,
+    norm_weight: tl.tensor,
+    norm_modulation: tl.tensor,
+    y: tl.tensor,
+    tokens: tl.tensor,
+    outputs: tl.tensor,
+    epsilon: tl.tensor,
+    x_row: tl.tensor,
+    x_token: tl.tensor,
+    x_input: tl.tensor,
+    weight_output: tl.tensor,
+    weight_input: tl.tensor,
+    down_slot: tl.tensor,
+    down_part: tl.tensor,
+    down_input: tl.tensor,
+    down_lane: tl.tensor,
+    up_slot: tl.tensor,
+    up_part: tl.tensor,
+    up_lane: tl.tensor,
+    up_output: tl.tensor,
+    residual_row: tl.tensor,
+    residual_token: tl.tensor,
+    residual_output: tl.tensor,
+    modulation_row: tl.tensor,
+    modulation_side: tl.tensor,
+    modulation_output: tl.tensor,
+    norm_input: tl.tensor,
+    gain_row: tl.tensor,
+    gain_side: tl.tensor,
+    gain_input: tl.tensor,
+    y_row: tl.tensor,
+    y_token: tl.tensor,
+    RANK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NORM: tl.constexpr,
+    INPUTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+) -> None:
+    """A tile of one row's tokens and one part's outputs; `outputs` are a part's own, those of the value where gated."""
+    GATED: tl.constexpr = ACTIVATION == "geglu"
+    row_tiles = tl.cdiv(tokens, BLOCK_TOKENS)
+    part_tiles = tl.cdiv(outputs, BLOCK_OUTPUTS)
+    row = (tl.program_id(0) // row_tiles).to(tl.int64)
+    part = tl.program_id(1) // part_tiles
+    token = (tl.program_id(0) % row_tiles) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    column = (tl.program_id(1) % part_tiles) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    token_inside, column_inside = token < tokens, column < outputs
+    output = part * outputs + column
+
+    weight_at = weight + output * weight_output
+    base = (x + row * x_row + token * x_token, weight_at, weight_at + outputs * weight_output)
+    NORMED: tl.constexpr = NORM != "none"
+    MODULATED: tl.constexpr = norm_modulation is not None
+    norm = (0.0, 1.0, weight, weight, weight)
+    if NORMED:
+        gain_at = norm_weight
+        if MODULATED:
+            gain_at = norm_modulation + row * gain_row
+        mean, inverse = _statistics(
+            base[0], x_input, token_inside, epsilon, NORM == "layer", INPUTS, BLOCK_TOKENS, BLOCK_INPUTS
+        )
+        norm = (mean, inverse, norm_weight, gain_at, gain_at + gain_side)
+    if RANK == 0:
+        value, gate = _products(
+            base, (weight, weight, weight, 0.0, 0), norm, (x_input, weight_input, 0, norm_input, gain_input, 0, 0),
+            token_inside, column_inside,
+            0, GATED, NORMED, MODULATED, INPUTS, PRECISION, BLOCK_TOKENS, BLOCK_OUTPUTS, BLOCK_INPUTS,
+        )  # fmt: skip
+    else:
+        slot = tl.load(slots + row)
+        rank = tl.load(ranks + slot, slot >= 0, 0)
+        down_at = down + slot * down_slot + part * down_part
+        up_at = up + slot * up_slot + part * up_part + column * up_output
+        adapter = (down_at, up_at, up_at + outputs * up_output, tl.load(scales + row), rank)
+        steps = (x_input, weight_input, down_input, norm_input, gain_input, down_lane, up_lane)
+        if rank == 0:
+            value, gate = _products(
+                base, adapter, norm, steps, token_inside, column_inside,
+                0, GATED, NORMED, MODULATED, INPUTS, PRECISION, BLOCK_TOKENS, BLOCK_OUTPUTS, BLOCK_INPUTS,
+            )  # fmt: skip
+        elif rank <= _NARROW:
+            value, gate = _products(
+                base, adapter, norm, steps, token_inside, column_inside,
+                _NARROW, GATED, NORMED, MODULATED, INPUTS, PRECISION, BLOCK_TOKENS, BLOCK_OUTPUTS, BLOCK_INPUTS,
+            )  # fmt: skip
+        else:
+            value, gate = _products(
+                base, adapter, norm, steps, token_inside, column_inside,
+                RANK, GATED, NORMED, MODULATED, INPUTS, PRECISION, BLOCK_TOKENS, BLOCK_OUTPUTS, BLOCK_INPUTS,
+            )  # fmt: skip
+
+    if bias is not None:
+        value += tl.load(bias + output, column_inside, 0.0).to(tl.float32)[None, :]
+        gate += tl.load(bias + outputs + output, column_inside & GATED, 0.0).to(tl.float32)[None, :]
+    if ACTIVATION == "gelu":
+        value = gelu(value)
+    if GATED:
+        value = value * gelu(gate)
+    inside = token_inside[:, None] & column_inside[None, :]
+    if residual is not None:
+        at = residual + row * residual_row + token[:, None] * residual_token + output[None, :] * residual_output
+        value += tl.load(at, inside, 0.0).to(tl.float32)
+    if modulation is not None:
+        factor_at = modulation + row * modulation_row + output * modulation_output
+        factor = tl.load(factor_at, column_inside, 0.0).to(tl.float32)
+        addend = tl.load(factor_at + modulation_side, column_inside, 0.0).to(tl.float32)
+        value = value * factor[None, :] + addend[None, :]
+    tl.store(y + row * y_row + token[:, None] * y_token + output[None, :], value.to(y.dtype.element_ty), inside)
+
+
+def _call(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapter: LowRank | None,
+    rows: RowSlots | None,
+    residual: Tensor | None,
+    modulation: Tensor | None,
+    norm: Norm | None,
+    activation: str,
+    y: Tensor,
+    architecture: str,
+) -> Call:
+    """The launch that fills y."""
+    down, up, ranks = (None, None, None) if adapter is None else (adapter.down, adapter.up, adapter.ranks)
+    slots, scales = (None, None) if rows is None else (rows.slots, rows.scales)
+    parts = 1 if up is None else up.shape[1]
+    outputs = y.shape[2] // parts
+    assert weight.shape[0] == y.shape[2] * (2 if activation == "geglu" else 1)
+    assert activation != "geglu" or parts == 1, "value and gate are the halves of one part"
+    assert all(tensor is None or tensor.dtype == x.dtype for tensor in (weight, bias, down, up)), "one number format"
+    tensors = {
+        "x": x, "weight": weight, "bias": bias, "down": down, "up": up, "ranks": ranks, "slots": slots,
+        "scales": scales, "residual": residual, "modulation": modulation,
+        "norm_weight": None if norm is None else norm.weight,
+        "norm_modulation": None if norm is None else norm.modulation, "y": y,
+    }  # fmt: skip
+    strides = {
+        **named_strides(x, "x_row", "x_token", "x_input"),
+        **named_strides(weight, "weight_output", "weight_input"),
+        **named_strides(down, "down_slot", "down_part", "down_input", "down_lane"),
+        **named_strides(up, "up_slot", "up_part", "up_lane", "up_output"),
+        **named_strides(residual, "residual_row", "residual_token", "residual_output"),
+        **named_strides(modulation, "modulation_row", "modulation_side", "modulation_output"),
+        **named_strides(tensors["norm_weight"], "norm_input"),
+        **named_strides(tensors["norm_modulation"], "gain_row", "gain_side", "gain_input"),
+        **named_strides(y, "y_row", "y_token"),
+    }
+    count, tokens, inputs = x.shape
+
+    def grid(tiles: Mapping[str, int]) -> tuple[int, ...]:
+        return count * ceil_div(tokens, tiles["BLOCK_TOKENS"]), parts * ceil_div(outputs, tiles["BLOCK_OUTPUTS"])
+
+    lanes = 0 if down is None else power_of_two(down.shape[3])
+    epsilon, kind = (0.0, "none") if norm is None else (float(norm.epsilon), norm.kind)
+    arguments = {**tensors, "tokens": tokens, "outputs": outputs, "epsilon": epsilon, **strides}
+    constants = {
+        "RANK": lanes, "ACTIVATION": activation, "NORM": kind, "INPUTS": inputs, "PRECISION": precision(architecture),
+    }  # fmt: skip
+    return Call(_linear_kernel, arguments, constants, grid)
+
+
+def _output(x: Tensor, weight: Tensor, activation: str) -> Tensor:
+    """An empty y."""
+    return x.new_empty(x.shape[0], x.shape[1], weight.shape[0] // (2 if activation == "geglu" else 1))
+
+
+@operator(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, Tensor? ranks, Tensor? slots, "
+    "Tensor? scales, Tensor? residual, Tensor? modulation, Tensor? norm_weight, Tensor? norm_modulation, "
+    "float epsilon, str norm, str activation) -> Tensor",
+    fake=lambda x, weight, *rest: _output(x, weight, rest[-1]),
+)
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    ranks: Tensor | None,
+    slots: Tensor | None,
+    scales: Tensor | None,
+    residual: Tensor | None,
+    modulation: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_modulation: Tensor | None,
+    epsilon: float,
+    norm: Kind | Literal["none"],
+    activation: str,
+) -> Tensor:
+    y, adapter, rows = _output(x, weight, activation), None, None
+    if down is not None and up is not None and ranks is not None and slots is not None and scales is not None:
+        adapter, rows = LowRank(down, up, ranks), RowSlots(slots, scales)
+    before = None
+    if norm_weight is not None and norm != "none":
+        before = Norm(norm_weight, epsilon, norm, norm_modulation)
+    outputs, inputs = weight.shape
+    problem = f"{outputs} x {inputs} {norm} {activation} {str(x.dtype).removeprefix('torch.')}"
+    architecture = family(x.device)
+    launches = choices(architecture, x.dtype, outputs, activation)
+    call = _call(x, weight, bias, adapter, rows, residual, modulation, before, activation, y, architecture)
+    call.run(pick("linear", problem, x.device, launches))
+    return y
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     adapter: LowRank | None = None,
     rows: RowSlots | None = None,
+    *,
+    norm: Norm | None = None,
+    activation: Activation = "none",
+    residual: Tensor | None = None,
+    modulation: Tensor | None = None,
+    kernels: Kernels = REFERENCE,
 ) -> Tensor:
-    """y = x W^T + b, plus the low-rank pair of each row's slot; shapes as in the module's docstring."""
-    return linear_reference(x, weight, bias, adapter, rows)
+    """y = x W^T + b, plus the low-rank pair of each row's slot, and what is around; see the module's docstring."""
+    if norm is not None and not {"linear", "norm_in_linear"} <= kernels.triton:
+        x, norm = norm.apply(x, kernels), None
+    if "linear" not in kernels.triton:
+        y = linear_reference(x, weight, bias, adapter, rows)
+        return _followed(y, activation, residual, modulation)
+    forward_only(x, weight, bias, residual, modulation)
+    stacks: tuple[Tensor | None, ...] = (None,) * 5
+    if adapter is not None and rows is not None:
+        assert rows.slots.shape[0] == x.shape[0], "one slot per row"
+        stacks = (adapter.down, adapter.up, adapter.ranks, rows.slots, rows.scales)
+    before = (None, None, 0.0, "none")
+    if norm is not None:
+        before = (norm.weight, norm.modulation, norm.epsilon, norm.kind)  # type: ignore[assignment]
+    return _linear(x, weight, bias, *stacks, residual, modulation, *before, activation)
+
+
+def specimens(architecture: str) -> Iterator[Specimen]:
+    """Every way the kernel is compiled for amused-256, and for a bank of rank 64."""
+    width, inner, slots, lanes = 1024, 2816, 2, 64
+    shapes: tuple[tuple[str, int, int, str, Activation, bool], ...] = (
+        ("norm and q,k,v", 3, width, "modulated rms", "none", False),
+        ("norm and query", 1, width, "rms", "none", False),
+        ("projection, residual and modulation", 1, width, "", "none", True),
+        ("norm and gated up-projection", 1, 2 * inner, "modulated layer", "geglu", False),
+        ("gelu", 1, 3072, "", "gelu", False),
+    )
+    counts = torch.empty(slots, dtype=torch.int64, device="meta")
+    rows = RowSlots(counts, torch.empty(2, device="meta"))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        empty = partial(torch.empty, dtype=dtype, device="meta")
+        for what, parts, outputs, kind, activation, follows in shapes:
+            x, weight = empty(2, 256, width), empty(parts * outputs, width)
+            y = _output(x, weight, activation)
+            residual, modulation = (y, empty(2, 2, outputs)) if follows else (None, None)
+            own_gain = empty(2, 2, width) if "modulated" in kind else None
+            norm = Norm(empty(width), 1e-6, "layer" if "layer" in kind else "rms", own_gain) if kind else None
+            pair = LowRank(empty(slots, parts, width, lanes), empty(slots, parts, lanes, outputs), counts)
+            launches = choices(architecture, dtype, weight.shape[0], activation)
+            for adapter in (None, pair):
+                name = f"linear {what}{' with adapter' if adapter else ''}, {str(dtype).removeprefix('torch.')}"
+                own = rows if adapter else None
+                call = _call(x, weight, None, adapter, own, residual, modulation, norm, activation, y, architecture)
+                yield Specimen(name, call, launches, matrix=True)

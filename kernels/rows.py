@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BASE = -1
 """The slot of a row that has no adapter."""
@@ -84,11 +86,15 @@ class Bottleneck:
     """StyleDrop bottlenecks of one site: `down` (S, D, H_max), `up` (S, H_max, D), `widths` (S,) int64.
 
     `widths` is 0 where the slot's adapter does not touch this site; lanes from a slot's width on are never read.
+    In the shared form (arXiv 2306.00983, appendix) the sites have one `down` and one `up`, and each its own shifts:
+    `down_shift` (S, H_max) is added to every row of down, `up_shift` (S, D) to every row of up.
     """
 
     down: Tensor
     up: Tensor
     widths: Tensor
+    down_shift: Tensor | None = None
+    up_shift: Tensor | None = None
 
 
 @dataclass(frozen=True)

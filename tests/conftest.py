@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import interpreter  # noqa: F401  (first: it decides how kernels are made)
 import pytest
+import torch
 from command_line import Ran, Run
 from models import write_tiny_model
 
@@ -16,6 +19,14 @@ from stylemuse import cli
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny random model and its styles "ink" and "neon"; read it, never write into it."""
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def nan_filled() -> Iterator[None]:
+    """New tensors hold NaN, so that a place that was not written is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

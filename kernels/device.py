@@ -1,0 +1,23 @@
+"""Device functions the kernels share."""
+
+from __future__ import annotations
+
+from .dispatch import INTERPRETED, constant, jit, tl
+
+# numpy has no bf16: the interpreter keeps such numbers as 16-bit integers and would multiply those.
+_WIDEN = constant(INTERPRETED)
+_ROOT_HALF = constant(0.7071067811865476)
+
+
+@jit
+def multiply(a: tl.tensor, b: tl.tensor, accumulator: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """accumulator + a b in fp32; PRECISION says how fp32 operands are multiplied (`tuning.precision`)."""
+    if _WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@jit
+def gelu(x: tl.tensor) -> tl.tensor:
+    """x Phi(x), the exact form, of fp32 numbers."""
+    return 0.5 * x * (1.0 + tl.erf(x * _ROOT_HALF))

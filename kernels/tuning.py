@@ -1,0 +1,239 @@
+"""How kernels are cut into tiles and scheduled, and the list of everything that can be launched.
+
+A launch has two parts. A `Call` is what is computed: a kernel, its arguments, and the constants that select its code.
+A `Launch` is how: tile sizes, warps, pipeline stages. A kernel's file has its default launch per architecture;
+`tuned/<gpu>.json`, written by measuring on that GPU, overrides it for the problems it lists.
+
+A launch may depend on a problem's weights, number format and head size, never on its rows or tokens: the same row must
+give the same bits alone and in any batch.
+
+Each file with kernels has a function `specimens(family)`: calls on meta tensors, one for every way its kernels are
+compiled, each with every launch that may be chosen for it. So all launches can be enumerated without a GPU, to compile
+them ahead of time or to time them:
+
+    for specimen in specimens("sm_90"):
+        for launch in specimen.launches:
+            signature, constants, attributes = specimen.call.signature(launch)
+            source = ASTSource(specimen.call.kernel, signature, constants, attributes)
+            triton.compile(source, target=..., options=launch.options)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import UNSPECIALIZED
+
+FAMILIES = ("sm_80", "sm_90", "sm_100", "gfx942")
+"""Architectures with defaults of their own; another GPU takes the nearest older one's."""
+
+INTERPRETER = "interpreter"
+"""The family of a CPU, where kernels only run interpreted."""
+
+MODULES = ("linear", "bottleneck", "attention", "norm", "response_norm", "depthwise", "decoding_step")
+"""The files with kernels."""
+
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+"""Bytes of shared memory one program can have (CUDA C++ programming guide, table of compute capabilities; CDNA 3)."""
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+    torch.uint8: "u8",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Tile sizes by the name of the kernel's constant, warps of a program, stages of its pipeline."""
+
+    tiles: Mapping[str, int]
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The compiler's options, as Triton names them."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+    def __str__(self) -> str:
+        return "x".join(str(size) for size in self.tiles.values()) + f", {self.warps} warps, {self.stages} stages"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kernel with its arguments.
+
+    Attributes:
+        kernel: the jitted function.
+        arguments: tensors, numbers, or None for what is absent, by name.
+        constants: what selects the kernel's code, by name; tiles come from the launch.
+        grid: the tiles -> how many programs along each axis.
+    """
+
+    kernel: Any
+    arguments: Mapping[str, Tensor | int | float | None]
+    constants: Mapping[str, Any]
+    grid: Callable[[Mapping[str, int]], tuple[int, ...]]
+
+    def run(self, launch: Launch) -> None:
+        """Launch it, on the device of its tensors."""
+        device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self.kernel[self.grid(launch.tiles)](**self.arguments, **self.constants, **launch.tiles, **launch.options)
+
+    def signature(self, launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
+        """What Triton would specialize this launch on: types by argument, constants, and which numbers are aligned.
+
+        Like Triton's own launcher: an integer of 1 and an absent argument are constants; tensors, which torch aligns,
+        and multiples of 16 are marked as divisible by 16; `UNSPECIALIZED` integers are neither.
+        """
+        constants: dict[str, Any] = {**self.constants, **launch.tiles}
+        types: dict[str, str] = {}
+        aligned: dict[tuple[int], list[list[Any]]] = {}
+        for index, name in enumerate(self.kernel.arg_names):
+            value = constants.get(name, self.arguments.get(name))
+            special = name not in UNSPECIALIZED
+            if name in constants or value is None or (special and isinstance(value, int) and value == 1):
+                types[name], constants[name] = "constexpr", value
+            elif isinstance(value, Tensor):
+                types[name], aligned[(index,)] = f"*{_TYPES[value.dtype]}", [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                types[name] = "fp32"
+            else:
+                types[name] = "i32" if abs(value) < 2**31 else "i64"
+                if special and value % 16 == 0:
+                    aligned[(index,)] = [["tt.divisibility", 16]]
+        return types, constants, aligned
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """One way a kernel is compiled, with all launches that may be chosen for it, the default first.
+
+    `name` tells the kernel, what is computed and the number format, say "linear q,k,v with adapter, bfloat16". A
+    `matrix` kernel must use the chip's matrix units where its number format is not fp32.
+    """
+
+    name: str
+    call: Call
+    launches: tuple[Launch, ...]
+    matrix: bool
+
+
+def specimens(family: str) -> Iterator[Specimen]:
+    """Everything of this package that can be launched on an architecture of `FAMILIES`."""
+    for module in MODULES:
+        yield from import_module(f".{module}", __package__).specimens(family)
+
+
+def family(device: torch.device) -> str:
+    """The architecture of a device, one of `FAMILIES` or `INTERPRETER`."""
+    if device.type == "cpu":
+        return INTERPRETER
+    return _family(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@cache
+def _family(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return "gfx942"
+    return "sm_80" if properties.major < 9 else "sm_90" if properties.major < 10 else "sm_100"
+
+
+def precision(architecture: str) -> str:
+    """How matrix units multiply fp32, as Triton names it.
+
+    NVIDIA's have no fp32: three products of TF32 parts, which leave out 2^-22 of a product, about what fp32 rounds off
+    (3xTF32, NVIDIA CUTLASS example 27). CDNA 3 multiplies fp32 as it is, and so does the interpreter.
+    """
+    return "tf32x3" if architecture.startswith("sm_") else "ieee"
+
+
+Problems = dict[tuple[str, str], tuple[Launch, ...]]
+"""(operation, problem) -> the launches that may be chosen."""
+
+
+@contextmanager
+def trial(forced: Mapping[tuple[str, str], Launch] = MappingProxyType({})) -> Iterator[Problems]:
+    """Within it these launches are taken, whatever was measured before, and the problems that come up are collected."""
+    met: Problems = {}
+    token = _TRIAL.set((forced, met))
+    try:
+        yield met
+    finally:
+        _TRIAL.reset(token)
+
+
+_TRIAL: ContextVar[tuple[Mapping[tuple[str, str], Launch], Problems] | None] = ContextVar("trial", default=None)
+
+
+def pick(operation: str, problem: str, device: torch.device, choices: tuple[Launch, ...]) -> Launch:
+    """The launch for a problem on a device: the measured one where there is one, else the first of the choices."""
+    tried = _TRIAL.get()
+    if tried is not None:
+        forced, met = tried
+        met[(operation, problem)] = choices
+        if (operation, problem) in forced:
+            return forced[(operation, problem)]
+    measured = {} if device.type == "cpu" else _tuned(_gpu(device))
+    return measured.get((operation, problem), choices[0])
+
+
+def tuned_file(gpu: str) -> Path:
+    """Where the measured launches of a GPU are, by the name its driver gives it."""
+    return Path(__file__).parent / "tuned" / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
+
+
+@cache
+def _gpu(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+@cache
+def _tuned(gpu: str) -> Mapping[tuple[str, str], Launch]:
+    """The launches of a GPU's file by (operation, problem); empty where there is no file."""
+    file = tuned_file(gpu)
+    if not file.exists():
+        return {}
+    document = json.loads(file.read_text(encoding="utf-8"))
+    return MappingProxyType(
+        {
+            (operation, problem): Launch(entry["tiles"], entry["warps"], entry["stages"])
+            for operation, problems in document["launches"].items()
+            for problem, entry in problems.items()
+        }
+    )
+
+
+def ceil_div(value: int, size: int) -> int:
+    """How many tiles of a size cover a value."""
+    return -(-value // size)
+
+
+def power_of_two(value: int, least: int = 16) -> int:
+    """The smallest power of two that is not below the value nor below ``least``."""
+    return max(least, 1 << (value - 1).bit_length())
+
+
+def named_strides(tensor: Tensor | None, *names: str) -> dict[str, int]:
+    """A tensor's first strides by name, in elements; zeros where there is no tensor."""
+    return dict.fromkeys(names, 0) if tensor is None else dict(zip(names, tensor.stride(), strict=False))
