@@ -17,8 +17,10 @@ whose published known-answer vectors are in the tests.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROUNDS = 10
 M0, M1 = 0xD2511F53, 0xCD9E8D57
@@ -38,24 +40,27 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
     Returns:
         (..., 4) int64, values in [0, 2^32).
     """
+    import torch
+
     c0, c1, c2, c3 = counter.unbind(-1)
     k0, k1 = key.unbind(-1)
     return torch.stack(philox4x32_words(c0, c1, c2, c3, k0, k1), dim=-1)
 
 
-def philox4x32_words(
-    c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox4x32_words(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, Any, Any, Any]:
     """The same on separate words that broadcast against each other, int64 in [0, 2^32); the four words come out full.
 
     Counters that differ only in one word along an axis (the codes of one position) share the work of the first rounds:
-    a word stays as small as what it depends on until the rounds have mixed it.
+    a word stays as small as what it depends on until the rounds have mixed it. Written with operators alone, so that
+    numpy arrays and the values of an ONNX graph go through it too.
     """
     for _ in range(ROUNDS):
         p0, p1 = c0 * M0, c2 * M1
         # The low halves p0, p1 stay unmasked: they are only read by xors whose result is masked.
-        c0, c1 = ((p1 >> 32) ^ (c1 ^ k0)).bitwise_and_(WORD), p1
-        c2, c3 = ((p0 >> 32) ^ (c3 ^ k1)).bitwise_and_(WORD), p0
+        c0, c1 = (p1 >> 32) ^ (c1 ^ k0), p1
+        c2, c3 = (p0 >> 32) ^ (c3 ^ k1), p0
+        c0 &= WORD
+        c2 &= WORD
         k0, k1 = (k0 + W0) & WORD, (k1 + W1) & WORD
     return c0, c1 & WORD, c2, c3 & WORD
 

@@ -1,0 +1,434 @@
+"""What follows the network in a decoding step, in two launches and without a word to the host.
+
+For every masked position of a picture, with h_b (D,) the hidden states its branches left there, w_b their weights at
+this step, W (V, D) and c (V,) the head:
+
+    l = W (sum_b w_b h_b) + c          the head is affine and the weights sum to 1: one head for all branches
+    token, score, confidence           as in `sampling`
+    masked again                       the ``masked_after`` least confident, ties by lowest position
+
+`hidden` is (R, N, D), one row per branch, rows named by ``canvases.rows``. The pictures' state is changed in place.
+
+The kernels. *Draw*: a program takes a tile of a picture's masked positions and `SPAN` codes. It adds the branches up in
+fp32 while it loads them for the product, adds the noise as it is made, and leaves four numbers per position: the best
+l + tau g with its code and logit, and the log-sum-exp. Weights and tiles of codes are read once per tile of
+positions; the list of masked positions is on the device, and programs beyond its end return at once, so that the work
+follows the number of masked positions while the launch stays the same. *Reveal*: one program per picture joins the
+spans, scores, finds the n-th least confidence by bisection on its bits, and writes tokens, the new list, and what the
+network sees next. Apart, logits and noise of M positions would be written and read, 16 M V bytes (33 MB of 256 x 8192)
+with the noise's integers on top; here 16 M V / 256 bytes are. Registers hold one tile of logits beside its noise: that
+limits the tiles (`stylemuse bench compiled`). Not measured on a GPU yet.
+
+A picture's result does not depend on its neighbours: spans are cut by codes alone, a branch that is not there adds
+nothing to the sum. Tokens are those of the reference but for the rounding of logits and logarithms: in half precision
+the reference rounds the logits too, the kernel keeps them in fp32.
+
+Source: Chang et al., "MaskGIT", CVPR 2022; Gumbel-max over tiles as in any two-stage argmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import sampling
+from .canvases import Canvases, Schedules
+from .device import multiply
+from .dispatch import REFERENCE, STEP, Kernels, constant, forward_only, jit, operator, tl
+from .noise import gumbel, position_gumbel, token_words
+from .tuning import INTERPRETER, Call, Launch, Specimen, ceil_div, family, pick, power_of_two, precision
+
+SPAN = 256
+"""Codes of one program. 8192 codes x 256 positions in tiles of 64 are 128 programs: one for each multiprocessor."""
+
+_SPAN = constant(SPAN)
+_MINUS_INFINITY = constant(float("-inf"))
+
+
+def decoding_step_reference(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, canvases: Canvases, schedules: Schedules, mask_id: int
+) -> None:
+    """The definition in plain torch: the masked positions of all pictures in one list."""
+    pictures, places = canvases.places.shape
+    running = canvases.counts > 0
+    picture, entry = (torch.arange(places, device=hidden.device) < canvases.counts[:, None]).nonzero(as_tuple=True)
+    place, step, seeds = canvases.places[picture, entry].long(), canvases.steps[picture].long(), canvases.seeds[picture]
+
+    total = torch.zeros(len(place), hidden.shape[2], device=hidden.device)
+    for branch in range(schedules.weights.shape[2]):
+        share, row = schedules.weights[picture, step, branch, None], canvases.rows[picture, branch].clamp(min=0).long()
+        total = torch.where(share == 0.0, total, total + share * hidden[row, place].float())
+    logits = F.linear(total.to(weight.dtype), weight).float()
+    logits = logits if bias is None else logits + bias.float()
+
+    temperature, raw = schedules.token_temperature[picture, step], schedules.raw_logit[picture]
+    tokens, scores = sampling.draw(logits, seeds, step, place, temperature, raw)
+    confidences = torch.full((pictures, places), torch.inf, device=hidden.device)
+    choice = schedules.choice_temperature[picture, step]
+    confidences[picture, entry] = sampling.confidence(scores, seeds, step, place, choice)
+    now = canvases.steps.clamp(max=schedules.masked_after.shape[1] - 1).long()[:, None]
+    after = torch.where(running, schedules.masked_after.gather(1, now)[:, 0], 0)
+    again = sampling.remask(confidences, after.long())
+
+    masked = again[picture, entry]
+    canvases.tokens[picture, place] = tokens
+    seen = tokens.masked_fill(masked, mask_id)
+    for rows in canvases.rows[picture].long().unbind(1):
+        canvases.inputs[rows[rows >= 0], place[rows >= 0]] = seen[rows >= 0]
+    order = again.cumsum(1) - 1
+    canvases.places[picture[masked], order[again]] = place[masked].int()
+    canvases.counts.copy_(after)
+    canvases.steps.add_(running)
+
+
+def choices(architecture: str, dtype: torch.dtype) -> tuple[Launch, ...]:
+    """The launches of the draw for a head's number format, the default first."""
+    if architecture == INTERPRETER:
+        return (_launch(16, 64, 32, 4, 1),)
+    if dtype == torch.float32:
+        return (_launch(32, 64, 32, 8, 2), _launch(16, 64, 32, 4, 2))
+    return (_launch(64, 128, 64, 8, 3), _launch(64, 64, 64, 8, 3), _launch(32, 64, 64, 4, 3))
+
+
+def _launch(places: int, codes: int, inputs: int, warps: int, stages: int) -> Launch:
+    return Launch({"BLOCK_PLACES": places, "BLOCK_CODES": codes, "BLOCK_INPUTS": inputs}, warps, stages)
+
+
+def reveal_choices(places: int) -> tuple[Launch, ...]:
+    """The launches of the revealing program for grids of so many positions: a whole grid lies in its registers."""
+    block = power_of_two(places)
+    return (Launch({"BLOCK_PLACES": block}, max(1, min(8, block // 64)), 1),)
+
+
+@jit
+def _better(best: tl.tuple, other: tl.tuple) -> tl.tuple:
+    """Of two (value, code, logit) the one of the larger value; the first where they are equal."""
+    better = other[0] > best[0]
+    return (
+        tl.where(better, other[0], best[0]),
+        tl.where(better, other[1], best[1]),
+        tl.where(better, other[2], best[2]),
+    )
+
+
+@jit
+def _add_mass(top: tl.tensor, mass: tl.tensor, other: tl.tensor) -> tl.tuple:
+    """A running sum mass * exp(top) rescaled to the larger of top and other: (top, mass, finite top to subtract)."""
+    higher = tl.maximum(top, other)
+    shift = tl.where(higher == _MINUS_INFINITY, 0.0, higher)
+    return higher, mass * tl.exp(top - shift), shift
+
+
+@jit
+def _by_word(x: tl.tensor, ROWS: tl.constexpr, BLOCKS: tl.constexpr) -> tl.tuple:
+    """(ROWS, 4 BLOCKS) -> its four (ROWS, BLOCKS)."""
+    even, odd = x.reshape(ROWS, 2, 2, BLOCKS).permute(0, 3, 1, 2).split()
+    first, third = even.split()
+    second, fourth = odd.split()
+    return first, second, third, fourth
+
+
+@jit
+def _draw_kernel(
+    hidden: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    rows: tl.tensor,
+    weights: tl.tensor,
+    temperatures: tl.tensor,
+    seeds: tl.tensor,
+    steps: tl.tensor,
+    counts: tl.tensor,
+    places: tl.tensor,
+    partials: tl.tensor,
+    hidden_row: tl.tensor,
+    hidden_place: tl.tensor,
+    weight_code: tl.tensor,
+    schedule: tl.tensor,
+    positions: tl.tensor,
+    plane: tl.tensor,
+    BRANCHES: tl.constexpr,
+    INPUTS: tl.constexpr,
+    CODES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_PLACES: tl.constexpr,
+    BLOCK_CODES: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+) -> None:
+    """A tile of one picture's masked positions, and one span of the codes.
+
+    A tile's column c holds code first + 4 (c mod BLOCKS) + c // BLOCKS: the logits of one word of the noise are a
+    quarter of the tile, and the noise is made in that order. Split so, warps exchange the tile once.
+    """
+    BLOCKS: tl.constexpr = BLOCK_CODES // 4
+    tile, span, picture = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    count = tl.load(counts + picture)
+    if tile * BLOCK_PLACES >= count:
+        return
+    step = tl.load(steps + picture)
+    seed = tl.load(seeds + picture)
+    now = picture * schedule + step
+    temperature = tl.load(temperatures + now)
+    entry = tile * BLOCK_PLACES + tl.arange(0, BLOCK_PLACES)
+    live = entry < count
+    place = tl.load(places + picture * positions + entry, live, 0)
+
+    sources: tl.tuple = ()
+    shares: tl.tuple = ()
+    widths: tl.tuple = ()
+    for branch in tl.static_range(BRANCHES):
+        share = tl.load(weights + now * BRANCHES + branch)
+        row = tl.load(rows + picture * BRANCHES + branch).to(tl.int64)
+        sources += (hidden + row * hidden_row + place * hidden_place,)
+        shares += (share,)
+        widths += (tl.where(share != 0.0, INPUTS, 0),)
+
+    none = tl.full((BLOCK_PLACES,), _MINUS_INFINITY, tl.float32)
+    best = (none, tl.zeros((BLOCK_PLACES,), tl.int32), none)
+    top, mass = none, tl.zeros((BLOCK_PLACES,), tl.float32)
+    column = tl.arange(0, BLOCK_CODES)
+    for first in range(span * _SPAN, tl.minimum(span * _SPAN + _SPAN, CODES), BLOCK_CODES):
+        code = first + 4 * (column % BLOCKS) + column // BLOCKS
+        logits = tl.zeros((BLOCK_PLACES, BLOCK_CODES), tl.float32)
+        for start in range(0, INPUTS, BLOCK_INPUTS):
+            inputs = start + tl.arange(0, BLOCK_INPUTS)
+            total = tl.zeros((BLOCK_PLACES, BLOCK_INPUTS), tl.float32)
+            for branch in tl.static_range(BRANCHES):
+                inside = live[:, None] & (inputs < widths[branch])[None, :]
+                part = tl.load(sources[branch][:, None] + inputs[None, :], inside, 0.0)
+                total = tl.fma(part.to(tl.float32), shares[branch], total)
+            inside = (inputs < INPUTS)[:, None] & (code < CODES)[None, :]
+            head = tl.load(weight + code[None, :] * weight_code + inputs[:, None], inside, 0.0)
+            logits = multiply(total.to(head.dtype), head, logits, PRECISION)
+        if bias is not None:
+            logits += tl.load(bias + code, code < CODES, 0.0).to(tl.float32)[None, :]
+        logits = tl.where((code < CODES)[None, :], logits, _MINUS_INFINITY)
+
+        top, mass, shift = _add_mass(top, mass, tl.max(logits, axis=1))
+        mass += tl.sum(tl.exp(logits - shift[:, None]), axis=1)
+
+        block = first // 4 + tl.arange(0, BLOCKS)
+        words = token_words(seed, step, place[:, None], block[None, :])
+        parts = _by_word(logits, BLOCK_PLACES, BLOCKS)
+        codes = 4 * block[None, :] + tl.zeros((BLOCK_PLACES, BLOCKS), tl.int32)
+        chosen = (parts[0] + temperature * gumbel(words[0]), codes, parts[0])
+        for word in tl.static_range(1, 4):
+            value = parts[word] + temperature * gumbel(words[word])
+            chosen = _better(chosen, (value, codes + word, parts[word]))
+        value = tl.max(chosen[0], axis=1)
+        token = tl.min(tl.where(chosen[0] == value[:, None], chosen[1], CODES - 1), axis=1)
+        logit = tl.max(tl.where(chosen[1] == token[:, None], chosen[2], _MINUS_INFINITY), axis=1)
+        best = _better(best, (value, token, logit))
+
+    at = partials + (picture * tl.num_programs(1) + span).to(tl.int64) * positions + entry
+    tl.store(at, best[0], live)
+    tl.store(at + plane, best[1].to(tl.float32), live)
+    tl.store(at + 2 * plane, best[2], live)
+    tl.store(at + 3 * plane, top + tl.log(mass), live)
+
+
+@jit
+def _reveal_kernel(
+    partials: tl.tensor,
+    rows: tl.tensor,
+    masked_after: tl.tensor,
+    temperatures: tl.tensor,
+    raw_logit: tl.tensor,
+    seeds: tl.tensor,
+    steps: tl.tensor,
+    counts: tl.tensor,
+    places: tl.tensor,
+    drawn: tl.tensor,
+    inputs: tl.tensor,
+    schedule: tl.tensor,
+    positions: tl.tensor,
+    spans: tl.tensor,
+    plane: tl.tensor,
+    mask_id: tl.tensor,
+    BRANCHES: tl.constexpr,
+    BLOCK_PLACES: tl.constexpr,
+) -> None:
+    """One picture: join its spans, score, choose what is masked again, and end the step."""
+    picture = tl.program_id(0)
+    count = tl.load(counts + picture)
+    if count == 0:
+        return
+    step = tl.load(steps + picture)
+    seed = tl.load(seeds + picture)
+    now = picture * schedule + step
+    entry = tl.arange(0, BLOCK_PLACES)
+    live = entry < count
+    place = tl.load(places + picture * positions + entry, live, 0)
+
+    none = tl.full((BLOCK_PLACES,), _MINUS_INFINITY, tl.float32)
+    best = (none, tl.zeros((BLOCK_PLACES,), tl.float32), none)
+    top, mass = none, tl.zeros((BLOCK_PLACES,), tl.float32)
+    for span in range(spans):
+        at = partials + (picture * spans + span).to(tl.int64) * positions + entry
+        value, code = tl.load(at, live, 0.0), tl.load(at + plane, live, 0.0)
+        logit, log_mass = tl.load(at + 2 * plane, live, 0.0), tl.load(at + 3 * plane, live, 0.0)
+        best = _better(best, (value, code, logit))
+        top, mass, shift = _add_mass(top, mass, log_mass)
+        mass += tl.exp(log_mass - shift)
+    token = best[1].to(tl.int64)
+
+    score = best[2] - tl.where(tl.load(raw_logit + picture), 0.0, top + tl.log(mass))
+    confidence = score + tl.load(temperatures + now) * position_gumbel(seed, step, place)
+    # As unsigned numbers in the order of the confidences; both zeros are one.
+    bits = tl.where(confidence == 0.0, 0.0, confidence).to(tl.int32, bitcast=True)
+    key = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+    wanted = tl.minimum(tl.load(masked_after + now), count)
+    threshold = tl.zeros((1,), tl.uint32)
+    for bit in range(32):
+        higher = threshold | (tl.full((1,), 1, tl.uint32) << (31 - bit))
+        below = tl.sum((live & (key < higher)).to(tl.int32), axis=0)
+        threshold = tl.where(below < wanted, higher, threshold)
+    below = live & (key < threshold)
+    equal = (live & (key == threshold)).to(tl.int32)
+    left = wanted - tl.sum(below.to(tl.int32), axis=0)
+    again = below | ((equal > 0) & (tl.cumsum(equal, axis=0) <= left))
+
+    # All threads have read the picture's state before any of it is written.
+    tl.debug_barrier()
+    order = tl.cumsum(again.to(tl.int32), axis=0) - 1
+    tl.store(places + picture * positions + order, place, again)
+    tl.store(drawn + picture * positions + place, token, live)
+    for branch in tl.static_range(BRANCHES):
+        row = tl.load(rows + picture * BRANCHES + branch)
+        seen = inputs + row.to(tl.int64) * positions + place
+        tl.store(seen, tl.where(again, mask_id, token), live & (entry * 0 + row >= 0))
+    tl.store(counts + picture, wanted)
+    tl.store(steps + picture, step + 1)
+
+
+def calls(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    canvases: Canvases,
+    schedules: Schedules,
+    mask_id: int,
+    architecture: str,
+) -> tuple[Call, Call]:
+    """Both launches, with the numbers that pass from one to the other."""
+    codes, inputs = weight.shape
+    pictures, positions = canvases.places.shape
+    steps, branches = schedules.weights.shape[1:]
+    spans = ceil_div(codes, SPAN)
+    assert codes <= 1 << 24, "a code passes as an fp32 number"
+    assert hidden.stride(2) == weight.stride(1) == 1, "inputs lie side by side"
+    assert canvases.rows.shape == (pictures, branches)
+    assert schedules.masked_after.shape == schedules.token_temperature.shape == (pictures, steps)
+    assert schedules.choice_temperature.shape == (pictures, steps)
+    stated = [getattr(each, name) for each in (canvases, schedules) for name in each.__dataclass_fields__]
+    assert all(tensor.is_contiguous() for tensor in stated)
+
+    partials = torch.empty(4, pictures, spans, positions, device=hidden.device)
+    shared: dict[str, Tensor | int] = {
+        "partials": partials, "rows": canvases.rows, "seeds": canvases.seeds, "steps": canvases.steps,
+        "counts": canvases.counts, "places": canvases.places, "schedule": steps, "positions": positions,
+        "plane": partials.stride(0),
+    }  # fmt: skip
+    strides = {"hidden_row": hidden.stride(0), "hidden_place": hidden.stride(1), "weight_code": weight.stride(0)}
+    draw = Call(
+        _draw_kernel,
+        {"hidden": hidden, "weight": weight, "bias": bias, "weights": schedules.weights,
+         "temperatures": schedules.token_temperature, **shared, **strides},
+        {"BRANCHES": branches, "INPUTS": inputs, "CODES": codes, "PRECISION": precision(architecture)},
+        lambda tiles: (ceil_div(positions, tiles["BLOCK_PLACES"]), spans, pictures),
+    )  # fmt: skip
+    reveal = Call(
+        _reveal_kernel,
+        {**shared, "masked_after": schedules.masked_after, "temperatures": schedules.choice_temperature,
+         "raw_logit": schedules.raw_logit, "drawn": canvases.tokens, "inputs": canvases.inputs,
+         "spans": spans, "mask_id": mask_id},
+        {"BRANCHES": branches},
+        lambda tiles: (pictures,),
+    )  # fmt: skip
+    return draw, reveal
+
+
+def _nothing(*_: object) -> None:
+    """What the operator returns: it changes the pictures' state in place."""
+
+
+@operator(
+    "decoding_step(Tensor hidden, Tensor weight, Tensor? bias, int mask_id, Tensor seeds, Tensor rows, "
+    "Tensor(a!) steps, Tensor(b!) counts, Tensor(c!) places, Tensor(d!) tokens, Tensor(e!) inputs, "
+    "Tensor masked_after, Tensor token_temperature, Tensor choice_temperature, Tensor weights, Tensor raw_logit) -> ()",
+    fake=_nothing,
+)
+def _decoding_step(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask_id: int, *state: Tensor) -> None:
+    canvases, schedules = Canvases(*state[:7]), Schedules(*state[7:])
+    architecture = family(hidden.device)
+    draw, reveal = calls(hidden, weight, bias, canvases, schedules, mask_id, architecture)
+    problem = f"{weight.shape[0]} x {weight.shape[1]} {str(weight.dtype).removeprefix('torch.')}"
+    draw.run(pick("decoding_step", problem, hidden.device, choices(architecture, weight.dtype)))
+    positions = canvases.places.shape[1]
+    reveal.run(pick("reveal", f"{positions} positions", hidden.device, reveal_choices(positions)))
+
+
+def decoding_step(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    canvases: Canvases,
+    schedules: Schedules,
+    mask_id: int,
+    *,
+    kernels: Kernels = REFERENCE,
+) -> None:
+    """Draw, score and mask again in every picture, in place; see the module's docstring.
+
+    Args:
+        hidden: (R, N, D), of any number format.
+        weight, bias: (V, D) and (V,), the head.
+        mask_id: the token that stands for a masked position.
+    """
+    if STEP not in kernels.triton:
+        decoding_step_reference(hidden, weight, bias, canvases, schedules, mask_id)
+        return
+    forward_only(hidden, weight, bias)
+    state = [getattr(canvases, name) for name in Canvases.__dataclass_fields__]
+    numbers = [getattr(schedules, name) for name in Schedules.__dataclass_fields__]
+    _decoding_step(hidden, weight, bias, mask_id, *state, *numbers)
+
+
+def specimens(architecture: str) -> Iterator[Specimen]:
+    """Every way the kernels are compiled: heads of aMUSEd and of StyleDrop-PyTorch, grids up to 64 x 64."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def launches(
+        dtype: torch.dtype, branches: int, positions: int, codes: int, inputs: int, biased: bool
+    ) -> tuple[Call, Call]:
+        pictures, steps, rows, index = 2, 12, 2 * branches, torch.int32
+        canvases = Canvases(
+            seeds=empty(pictures, dtype=torch.int64), rows=empty(pictures, branches, dtype=index),
+            steps=empty(pictures, dtype=index), counts=empty(pictures, dtype=index),
+            places=empty(pictures, positions, dtype=index), tokens=empty(pictures, positions, dtype=torch.int64),
+            inputs=empty(rows, positions, dtype=torch.int64),
+        )  # fmt: skip
+        schedules = Schedules(
+            masked_after=empty(pictures, steps, dtype=index), token_temperature=empty(pictures, steps),
+            choice_temperature=empty(pictures, steps), weights=empty(pictures, steps, branches),
+            raw_logit=empty(pictures, dtype=torch.bool),
+        )  # fmt: skip
+        bias = empty(codes, dtype=dtype) if biased else None
+        hidden, weight = empty(rows, positions, inputs, dtype=dtype), empty(codes, inputs, dtype=dtype)
+        return calls(hidden, weight, bias, canvases, schedules, codes, architecture)
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        for branches in (1, 2, 3, 5):
+            draw, _ = launches(dtype, branches, 256, 8192, 768, False)
+            yield Specimen(f"draw, {branches} branches, {name}", draw, choices(architecture, dtype), matrix=True)
+        draw, _ = launches(dtype, 3, 256, 1024, 1152, True)
+        yield Specimen(f"draw with bias, 3 branches, {name}", draw, choices(architecture, dtype), matrix=True)
+    for side in (8, 16, 32, 64):
+        _, reveal = launches(torch.bfloat16, 3, side * side, 8192, 768, False)
+        yield Specimen(f"reveal, {side} x {side}", reveal, reveal_choices(side * side), matrix=False)
