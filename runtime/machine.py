@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from .core import StylemuseError
+from .kernels.dispatch import REFERENCE, Kernels, obstacle, triton_kernels
 
+BACKENDS = ("reference", "triton", "onnx")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -25,6 +27,24 @@ def choose(device: str | torch.device | None = None, dtype: str | torch.dtype | 
     chosen, device_why = _device(device)
     number, dtype_why = _dtype(chosen, dtype)
     return Machine(chosen, number, {"device": device_why, "dtype": dtype_why})
+
+
+def choose_kernels(backend: str, device: torch.device) -> tuple[Kernels, str]:
+    """What the operations run with, and why; a backend that is asked for is taken or refused, never replaced."""
+    if backend not in ("auto", *BACKENDS):
+        raise StylemuseError(f"backend {backend!r} is not there; allowed: auto, {', '.join(BACKENDS)}")
+    if backend == "reference":
+        return REFERENCE, "asked for"
+    problem = obstacle(device)
+    if backend == "triton":
+        if problem:
+            raise StylemuseError(f"backend 'triton' cannot run here: {problem}")
+        return triton_kernels(device), "asked for"
+    if device.type == "cpu":
+        return REFERENCE, "no GPU is used"
+    if problem:
+        return REFERENCE, f"Triton cannot run here: {problem}"
+    return triton_kernels(device), "a GPU is there; not measured on one yet"
 
 
 def cpu_has_bf16() -> bool:

@@ -1,4 +1,4 @@
-"""The reference backend: the networks in plain torch, as the decoding loop and the pipeline use them.
+"""The networks in torch, as the decoding loop and the pipeline use them: the reference, or with Triton kernels.
 
 A `Context` is one row's step-constant part: what a prompt, a size and an adapter slot leave for the loop. Contexts are
 made one at a time, so that what one holds never depends on what was made beside it.
@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from .adapters.bank import Bank
+from .core import Sizes
 from .folder import Networks
+from .kernels.dispatch import REFERENCE, Kernels
 from .kernels.rows import BASE, RowAdapters, RowSlots
 from .machine import Machine
 from .models.layers import Conditioning
@@ -43,20 +47,33 @@ class Context:
 class Reference:
     """Text, transformer and VQ on one device. Every method is a function of its arguments and of the bank."""
 
-    name = "reference"
-
-    def __init__(self, networks: Networks, machine: Machine, bank: Bank) -> None:
-        self.device, self.dtype, self.bank = machine.device, machine.dtype, bank
-        self.transformer = networks.transformer.to(machine.device, machine.dtype).rest()
+    def __init__(self, networks: Networks, machine: Machine, bank: Bank, kernels: Kernels = REFERENCE) -> None:
+        self.device, self.dtype, self.bank, self.kernels = machine.device, machine.dtype, bank, kernels
+        self.transformer = networks.transformer.to(machine.device, machine.dtype).rest(kernels)
         self.vq = channels_last(networks.vq.to(machine.device, machine.dtype))
         self.text_encoder = networks.text.to(machine.device)
         self.tokenizer = networks.tokenizer
         self._stacked: tuple[tuple[Context, ...], Conditioning, RowAdapters | None] | None = None
 
     @property
+    def name(self) -> str:
+        """The backend's."""
+        return self.kernels.name
+
+    @property
     def mask_id(self) -> int:
         """The token of a masked position."""
         return self.transformer.config.mask_id
+
+    @property
+    def sizes(self) -> Sizes:
+        """What pictures the model draws."""
+        config, factor = self.transformer.config, self.vq.config.factor
+        return Sizes(config.sample_size, factor, factor * (2 if config.downsample else 1))
+
+    def explain(self) -> dict[str, str]:
+        """What computes, and with how many threads."""
+        return {"threads": f"{torch.get_num_threads()}: torch's own choice", "kernels": self.kernels.explain()}
 
     @torch.no_grad()
     def text(self, prompt: str) -> TextOutput:
@@ -83,6 +100,10 @@ class Reference:
             self._stacked = last
         _, conditioning, adapters = last
         return self.transformer.features(tokens.view(len(key), *key[0].grid), conditioning, adapters)
+
+    def array(self, values: NDArray[Any]) -> Tensor:
+        """The values as a tensor on the network's device."""
+        return torch.from_numpy(values).to(self.device)
 
     def readout(self, features: Tensor) -> Tensor:
         """(M, C) -> (M, D) fp32."""
@@ -116,4 +137,4 @@ class Reference:
             return None
         slots = torch.tensor([slot for slot, _ in rows], device=self.device)
         scales = torch.tensor([scale for _, scale in rows], dtype=torch.float32, device=self.device)
-        return RowAdapters(RowSlots(slots, scales), self.bank.sites)
+        return RowAdapters(RowSlots(slots, scales), self.bank.touched(slot for slot, _ in rows if slot != BASE))

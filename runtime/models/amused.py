@@ -19,8 +19,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import StylemuseError
+from ..kernels.dispatch import Kernels
+from ..kernels.linear import linear
+from ..kernels.resample import double, halve
 from ..kernels.rows import RowAdapters, Site
-from .layers import Conditioning, ConvBlock, Linear, RMSNorm, TextBlock, TransformerLayer, fresh, sinusoids
+from .layers import (
+    Block,
+    Conditioning,
+    ConvBlock,
+    Linear,
+    RMSNorm,
+    TextBlock,
+    TransformerLayer,
+    fresh,
+    sinusoids,
+    use,
+)
 
 _FIXED: dict[str, Any] = {"use_bias": False, "ln_elementwise_affine": True}
 
@@ -103,7 +117,7 @@ class AmusedConfig:
         return {f"transformer_layers.{i}.{place}": self.hidden_size for i in layers for place in ("attn2", "ff")}
 
 
-class Embedding(nn.Module):
+class Embedding(Block):
     """Token -> embedding -> norm -> 1x1 convolution: a function of the token alone, so a table once weights rest."""
 
     def __init__(self, config: AmusedConfig) -> None:
@@ -123,7 +137,8 @@ class Embedding(nn.Module):
         return F.embedding(tokens, table)
 
     def _compute(self) -> Tensor:
-        return F.linear(self.layer_norm(self.embeddings.weight), self.conv.weight.flatten(1))
+        table, weight = self.embeddings.weight[None], self.conv.weight.flatten(1)
+        return linear(table, weight, norm=self.layer_norm.own(), kernels=self.kernels)[0]
 
 
 class Condition(nn.Module):
@@ -135,10 +150,10 @@ class Condition(nn.Module):
         self.linear_2 = Linear("cond_embed.linear_2", width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
+        return self.linear_2(F.silu(self.linear_1(x[:, None])))[:, 0]
 
 
-class Resample(nn.Module):
+class Resample(Block):
     """Norm, then a 2x2 convolution of stride 2 (halving) or its transpose (doubling), over the grid."""
 
     def __init__(self, width: int, epsilon: float, *, double: bool) -> None:
@@ -148,7 +163,8 @@ class Resample(nn.Module):
         self.conv = kind(width, width, 2, stride=2, bias=False)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.conv(self.norm(x).unflatten(1, grid).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
+        resample = halve if isinstance(self.conv, nn.Conv2d) else double
+        return resample(self.norm(x), grid, self.conv.weight, kernels=self.kernels)
 
 
 class ConvStage(nn.Module):
@@ -170,22 +186,23 @@ class ConvStage(nn.Module):
 
     def condition(self, text: Tensor, activated: Tensor, into: Conditioning, adapters: RowAdapters | None) -> None:
         """Scales and shifts, keys and values of all blocks."""
-        for convolution, attention in self._pairs():
+        for convolution, attention in self.pairs():
             convolution.cond_embeds_mapper.condition(activated, into)
             attention.condition(text, into, adapters)
 
     def forward(
         self, x: Tensor, grid: tuple[int, int], conditioning: Conditioning, adapters: RowAdapters | None
     ) -> Tensor:
-        for convolution, attention in self._pairs():
+        for convolution, attention in self.pairs():
             x = attention(convolution(x, grid, conditioning), conditioning, adapters)
         return x
 
-    def _pairs(self) -> Iterator[tuple[ConvBlock, TextBlock]]:
+    def pairs(self) -> Iterator[tuple[ConvBlock, TextBlock]]:
+        """The blocks, in the order they run."""
         return cast("Iterator[tuple[ConvBlock, TextBlock]]", zip(self.res_blocks, self.attention_blocks, strict=True))
 
 
-class Head(nn.Module):
+class Head(Block):
     """1x1 convolution, norm, and the linear layer onto the codes."""
 
     def __init__(self, config: AmusedConfig) -> None:
@@ -220,9 +237,11 @@ class Amused(nn.Module):
         self.up_block = ConvStage("up_block", config, double=True)
         self.mlm_layer = Head(config)
 
-    def rest(self) -> Amused:
-        """Weights are final: switch to evaluation and make the embedding table."""
+    def rest(self, kernels: Kernels | None = None) -> Amused:
+        """Weights are final: switch to evaluation, to these kernels if given, and make the embedding table."""
         self.eval()
+        if kernels is not None:
+            use(self, kernels)
         with torch.no_grad():
             self.embed.rest()
         return self
@@ -251,7 +270,7 @@ class Amused(nn.Module):
         if self.down_block.resample is not None:
             x = self.down_block.resample(x, (tokens.shape[1], tokens.shape[2]))
         x = self.down_block(x, self.working_grid(tokens), conditioning, adapters)
-        return self.project_to_hidden(self.project_to_hidden_norm(x))
+        return self.project_to_hidden(x, norm=self.project_to_hidden_norm.own())
 
     def leave(
         self, x: Tensor, grid: tuple[int, int], conditioning: Conditioning, adapters: RowAdapters | None = None
@@ -259,7 +278,7 @@ class Amused(nn.Module):
         """What `enter` gave, on its working grid -> features (R, h w, C)."""
         for layer in self.transformer_layers:
             x = layer(x, conditioning, adapters)
-        x = self.project_from_hidden(self.project_from_hidden_norm(x))
+        x = self.project_from_hidden(x, norm=self.project_from_hidden_norm.own())
         x = self.up_block(x, grid, conditioning, adapters)
         return x if self.up_block.resample is None else self.up_block.resample(x, grid)
 
@@ -279,9 +298,11 @@ class Amused(nn.Module):
         Linear and without bias from here on, so branches are combined here: sum_b w_b head(h_b) = head(sum_b w_b h_b).
         """
         head = self.mlm_layer
-        return head.layer_norm(F.linear(features, head.conv1.weight.flatten(1))).float()
+        hidden = linear(features[None], head.conv1.weight.flatten(1), kernels=head.kernels)
+        return head.layer_norm(hidden)[0].float()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (M, D) fp32 -> logits over the codes (M, K), fp32."""
-        weight = self.mlm_layer.conv2.weight.flatten(1)
-        return F.linear(hidden.to(weight.dtype), weight).float()
+        head = self.mlm_layer
+        weight = head.conv2.weight.flatten(1)
+        return linear(hidden.to(weight.dtype)[None], weight, kernels=head.kernels)[0].float()

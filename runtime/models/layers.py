@@ -13,9 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.adapted_attention import Projection, cross_attention, keys_values, self_attention
 from ..kernels.bottleneck import bottleneck
-from ..kernels.linear import linear
-from ..kernels.rows import RowAdapters
+from ..kernels.depthwise import depthwise_norm
+from ..kernels.dispatch import REFERENCE, Kernels
+from ..kernels.linear import Activation, linear
+from ..kernels.norm import Kind, Norm
+from ..kernels.response_norm import response_norm
+from ..kernels.rows import Bottleneck, RowAdapters, RowSlots
 
 Conditioning = dict[str, Tensor]
 """Step-constant tensors by block name, rows in front: what a prompt, a style and a size leave for the loop."""
@@ -29,57 +34,87 @@ def sinusoids(values: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def modulate(x: Tensor, scale_shift: Tensor) -> Tensor:
-    """x (1 + scale) + shift, with (R, 2, C) per row; (1 + scale) is what is stored."""
-    gain, shift = scale_shift[:, :1], scale_shift[:, 1:]
-    return torch.addcmul(shift, x, gain)
-
-
 def fresh(*shape: int, std: float = 0.02) -> Tensor:
     """Random numbers to start training from. On the meta device none are drawn: torch would import its compiler."""
     values = torch.empty(*shape)
     return values if values.is_meta else values.normal_(std=std)
 
 
-class Linear(nn.Module):
-    """y = x W^T plus the low-rank pair of each row's adapter at this place."""
+class Block(nn.Module):
+    """A module made of operations; ``kernels`` says which of them run in Triton (see `use`)."""
+
+    kernels: Kernels = REFERENCE
+
+
+def use(network: nn.Module, kernels: Kernels) -> None:
+    """From now on the blocks of this network run with these kernels."""
+    for module in network.modules():
+        if isinstance(module, Block):
+            module.kernels = kernels
+
+
+class Linear(Block):
+    """y = x W^T plus the low-rank pair of each row's adapter at this place, and what follows (`kernels.linear`)."""
 
     def __init__(self, name: str, inputs: int, outputs: int) -> None:
         super().__init__()
         self.name = name
         self.weight = nn.Parameter(fresh(outputs, inputs))
 
-    def forward(self, x: Tensor, adapters: RowAdapters | None = None) -> Tensor:
-        if adapters is None:
-            return F.linear(x, self.weight)
-        return linear(x, self.weight, None, adapters.low_rank(self.name), adapters.rows)
+    def projection(self, adapters: RowAdapters | None) -> Projection:
+        """Its weight with the adapters of its place."""
+        return Projection(self.weight, None if adapters is None else adapters.low_rank(self.name))
+
+    def forward(
+        self,
+        x: Tensor,
+        adapters: RowAdapters | None = None,
+        *,
+        norm: Norm | None = None,
+        activation: Activation = "none",
+        residual: Tensor | None = None,
+        modulation: Tensor | None = None,
+    ) -> Tensor:
+        own = self.projection(adapters)
+        return linear(
+            x,
+            own.weight,
+            own.bias,
+            own.adapter,
+            _rows(adapters),
+            norm=norm,
+            activation=activation,
+            residual=residual,
+            modulation=modulation,
+            kernels=self.kernels,
+        )
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * w, the mean of squares in fp32 (torch does so)."""
+class RMSNorm(Block):
+    """x / rms(x) * w, the mean of squares in fp32."""
+
+    kind: Kind = "rms"
 
     def __init__(self, width: int, epsilon: float) -> None:
         super().__init__()
         self.epsilon = epsilon
         self.weight = nn.Parameter(torch.ones(width))
 
+    def own(self, modulation: Tensor | None = None) -> Norm:
+        """For an operation that takes the norm along; modulated by (R, 2, C) per row where that is given."""
+        return Norm(self.weight, self.epsilon, self.kind, modulation)
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        return self.own().apply(x, self.kernels)
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(RMSNorm):
     """(x - mean) / std * w, without bias."""
 
-    def __init__(self, width: int, epsilon: float) -> None:
-        super().__init__()
-        self.epsilon = epsilon
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, None, self.epsilon)
+    kind: Kind = "layer"
 
 
-class Mapper(nn.Module):
+class Mapper(Block):
     """Scale and shift of one place from the condition vector: (R, D) -> (R, 2, C) holding 1 + scale and shift."""
 
     def __init__(self, name: str, condition: int, width: int) -> None:
@@ -89,32 +124,25 @@ class Mapper(nn.Module):
 
     def condition(self, activated: Tensor, into: Conditioning) -> None:
         """``activated`` is silu(cond), the same for all places."""
-        scale, shift = F.linear(activated, self.weight).chunk(2, dim=-1)
+        scale, shift = linear(activated[:, None], self.weight, kernels=self.kernels)[:, 0].chunk(2, dim=-1)
         into[self.name] = torch.stack([1 + scale, shift], dim=1)
-
-    def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        return modulate(x, conditioning[self.name])
 
 
 class AdaNorm(nn.Module):
     """norm(x) (1 + scale) + shift (diffusers ``AdaLayerNormContinuous``); ``linear`` makes scale and shift."""
 
-    def __init__(self, name: str, width: int, condition: int, norm: RMSNorm | LayerNorm) -> None:
+    def __init__(self, name: str, width: int, condition: int, norm: RMSNorm) -> None:
         super().__init__()
         self.linear = Mapper(name, condition, width)
         self.norm = norm
 
-    def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.linear(self.norm(x), conditioning)
+    def own(self, conditioning: Conditioning) -> Norm:
+        """For an operation that takes the norm along."""
+        return self.norm.own(conditioning[self.linear.name])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v; q (R, H, N, d), k and v (R, H, L, d) -> (R, N, H d)."""
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
-class SelfAttention(nn.Module):
-    """Attention among the tokens of a row; q, k and v are one fused projection."""
+class SelfAttention(Block):
+    """Attention among the tokens of a row, of the normed stream and added to it; q, k, v are one fused projection."""
 
     def __init__(self, name: str, width: int, heads: int) -> None:
         super().__init__()
@@ -122,14 +150,16 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(f"{name}.qkv", width, 3 * width)
         self.to_out = Linear(f"{name}.to_out", width, width)
 
-    def forward(self, x: Tensor, adapters: RowAdapters | None) -> Tensor:
-        fused = self.qkv(x, adapters)
-        q, k, v = fused.view(*fused.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.to_out(attend(q, k, v), adapters)
+    def forward(self, x: Tensor, norm: Norm, adapters: RowAdapters | None) -> Tensor:
+        qkv, out = self.qkv.projection(adapters), self.to_out.projection(adapters)
+        return self_attention(x, norm, qkv, out, self.heads, _rows(adapters), kernels=self.kernels)
 
 
-class TextAttention(nn.Module):
-    """Attention from the tokens to the text. Keys and values do not depend on the step: `condition` makes them once."""
+class TextAttention(Block):
+    """Attention from the tokens to the text, of the normed stream and added to it, and StyleDrop's bottleneck here.
+
+    Keys and values do not depend on the step: `condition` makes them once.
+    """
 
     def __init__(self, name: str, width: int, text: int, heads: int) -> None:
         super().__init__()
@@ -140,26 +170,30 @@ class TextAttention(nn.Module):
 
     def condition(self, text: Tensor, into: Conditioning, adapters: RowAdapters | None) -> None:
         """Text (R, L, T) -> keys and values, stored as (R, 2, H, L, d)."""
-        fused = self.kv(text, adapters)
-        into[self.name] = fused.view(*fused.shape[:2], 2, self.heads, -1).permute(0, 2, 3, 1, 4).contiguous()
+        kv = self.kv.projection(adapters)
+        into[self.name] = keys_values(text, kv, self.heads, _rows(adapters), kernels=self.kernels)
 
-    def forward(self, x: Tensor, conditioning: Conditioning, adapters: RowAdapters | None) -> Tensor:
-        q = self.to_q(x, adapters)
-        k, v = conditioning[self.name].unbind(1)
-        return self.to_out(attend(q.view(*q.shape[:2], self.heads, -1).transpose(1, 2), k, v), adapters)
+    def forward(self, x: Tensor, norm: Norm, conditioning: Conditioning, adapters: RowAdapters | None) -> Tensor:
+        q, out = self.to_q.projection(adapters), self.to_out.projection(adapters)
+        stored, rows, neck = conditioning[self.name], _rows(adapters), _neck(self.name, adapters)
+        return cross_attention(x, norm, q, stored, out, rows, neck, kernels=self.kernels)
 
 
-class GatedMLP(nn.Module):
-    """down(a * gelu(g)) with (a, g) = up(x), the exact gelu (diffusers ``FeedForward`` with GEGLU)."""
+class GatedMLP(Block):
+    """down(a gelu(g)) with (a, g) = up(norm(x)), the exact gelu (diffusers ``FeedForward`` with GEGLU), added to x.
+
+    StyleDrop's bottleneck of this place follows.
+    """
 
     def __init__(self, name: str, width: int, inner: int) -> None:
         super().__init__()
+        self.name = name
         self.up = Linear(f"{name}.up", width, 2 * inner)
         self.down = Linear(f"{name}.down", inner, width)
 
-    def forward(self, x: Tensor, adapters: RowAdapters | None) -> Tensor:
-        value, gate = self.up(x, adapters).chunk(2, dim=-1)
-        return self.down(value * F.gelu(gate), adapters)
+    def forward(self, x: Tensor, norm: Norm, adapters: RowAdapters | None) -> Tensor:
+        y = self.down(self.up(x, adapters, norm=norm, activation="geglu"), adapters, residual=x)
+        return bottleneck(y, _neck(self.name, adapters), _rows(adapters), kernels=self.kernels)
 
 
 class TransformerLayer(nn.Module):
@@ -170,7 +204,6 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, name: str, width: int, heads: int, inner: int, epsilon: float) -> None:
         super().__init__()
-        self.name = name
         self.norm1 = AdaNorm(f"{name}.norm1", width, width, RMSNorm(width, epsilon))
         self.attn1 = SelfAttention(f"{name}.attn1", width, heads)
         self.norm2 = AdaNorm(f"{name}.norm2", width, width, RMSNorm(width, epsilon))
@@ -180,19 +213,17 @@ class TransformerLayer(nn.Module):
 
     def condition(self, text: Tensor, activated: Tensor, into: Conditioning, adapters: RowAdapters | None) -> None:
         """Everything of this layer that is the same at every step."""
-        for norm in (self.norm1, self.norm2, self.norm3):
-            norm.linear.condition(activated, into)
+        for place in (self.norm1, self.norm2, self.norm3):
+            place.linear.condition(activated, into)
         self.attn2.condition(text, into, adapters)
 
     def forward(self, x: Tensor, conditioning: Conditioning, adapters: RowAdapters | None) -> Tensor:
-        x = x + self.attn1(self.norm1(x, conditioning), adapters)
-        x = x + self.attn2(self.norm2(x, conditioning), conditioning, adapters)
-        x = _styled(x, f"{self.name}.attn2", adapters)
-        x = x + self.ff(self.norm3(x, conditioning), adapters)
-        return _styled(x, f"{self.name}.ff", adapters)
+        x = self.attn1(x, self.norm1.own(conditioning), adapters)
+        x = self.attn2(x, self.norm2.own(conditioning), conditioning, adapters)
+        return self.ff(x, self.norm3.own(conditioning), adapters)
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(Block):
     """ConvNeXt block on the grid: depthwise 3x3, norm, MLP with global response norm, then a scale and shift."""
 
     def __init__(self, name: str, width: int, condition: int, epsilon: float) -> None:
@@ -205,13 +236,13 @@ class ConvBlock(nn.Module):
         self.cond_embeds_mapper = Mapper(f"{name}.cond_embeds_mapper", condition, width)
 
     def forward(self, x: Tensor, grid: tuple[int, int], conditioning: Conditioning) -> Tensor:
-        h = self.depthwise(x.unflatten(1, grid).permute(0, 3, 1, 2))
-        h = self.norm(h.permute(0, 2, 3, 1).flatten(1, 2))
-        h = self.channelwise_norm(F.gelu(self.channelwise_linear_1(h)))
-        return self.cond_embeds_mapper(x + self.channelwise_linear_2(h), conditioning)
+        h = depthwise_norm(x, grid, self.depthwise.weight, self.norm.weight, self.norm.epsilon, kernels=self.kernels)
+        h = self.channelwise_norm(self.channelwise_linear_1(h, activation="gelu"))
+        modulation = conditioning[self.cond_embeds_mapper.name]
+        return self.channelwise_linear_2(h, residual=x, modulation=modulation)
 
 
-class GlobalResponseNorm(nn.Module):
+class GlobalResponseNorm(Block):
     """gamma (x n) + beta + x, n = |x_c| over the grid / mean over channels (ConvNeXt V2, arXiv 2301.00808)."""
 
     def __init__(self, width: int) -> None:
@@ -220,10 +251,7 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        # `torch.linalg.vector_norm` over the positions takes 3 (bf16) to 9 times (fp32) as long on a CPU.
-        norms = x.square().sum(dim=1, keepdim=True, dtype=torch.float32).sqrt().to(x.dtype)
-        gain = 1 + self.gamma[0] * (norms / (norms.mean(dim=-1, keepdim=True) + 1e-6))
-        return torch.addcmul(self.beta[0], x, gain)
+        return response_norm(x, self.gamma.flatten(), self.beta.flatten(), kernels=self.kernels)
 
 
 class TextBlock(nn.Module):
@@ -244,9 +272,13 @@ class TextBlock(nn.Module):
         self.attn2.condition(mapped, into, adapters)
 
     def forward(self, x: Tensor, conditioning: Conditioning, adapters: RowAdapters | None) -> Tensor:
-        x = x + self.attn1(self.norm1(x), conditioning, adapters)
-        return x + self.attn2(self.norm2(x), conditioning, adapters)
+        x = self.attn1(x, self.norm1.own(), conditioning, adapters)
+        return self.attn2(x, self.norm2.own(), conditioning, adapters)
 
 
-def _styled(x: Tensor, site: str, adapters: RowAdapters | None) -> Tensor:
-    return x if adapters is None else bottleneck(x, adapters.bottleneck(site), adapters.rows)
+def _rows(adapters: RowAdapters | None) -> RowSlots | None:
+    return None if adapters is None else adapters.rows
+
+
+def _neck(site: str, adapters: RowAdapters | None) -> Bottleneck | None:
+    return None if adapters is None else adapters.bottleneck(site)

@@ -12,14 +12,17 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
-from torch import Tensor
 
 from ..core import StylemuseError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 START = "<|startoftext|>"
 END = "<|endoftext|>"
@@ -94,10 +97,28 @@ class ClipTokenizer:
 
         Raises StylemuseError when a single string is given instead of a sequence.
         """
+        import torch
+
+        return torch.from_numpy(self.ids(texts))
+
+    def ids(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """The same as an array, without torch."""
         if isinstance(texts, str):
             raise StylemuseError("tokenizer: one string given; a sequence of strings is needed")
         ids = [encoding.ids for encoding in self._backend.encode_batch(list(texts))]
-        return torch.tensor(ids, dtype=torch.int64).reshape(len(ids), self.length)
+        return np.array(ids, np.int64).reshape(len(ids), self.length)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer as one tokenizer.json, with the little that is beside it, into a new folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True)
+        self._backend.save(str(folder / "tokenizer.json"))
+        names = {role: self._backend.id_to_token(self.end) for role in ROLES}
+        names |= {"bos_token": self._backend.id_to_token(self.start), "pad_token": self._backend.id_to_token(self.pad)}
+        config = names | {"model_max_length": self.length, "tokenizer_class": "CLIPTokenizer"}
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(config, ensure_ascii=False, indent=1), encoding="utf-8"
+        )
 
 
 def build_word_tokenizer(words: Sequence[str], folder: str | Path, model_max_length: int) -> ClipTokenizer:

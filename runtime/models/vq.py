@@ -62,14 +62,26 @@ class VQConfig:
         return cls(**fields)
 
 
+class GroupNorm(nn.GroupNorm):
+    """torch's, with sums that do not depend on the number of threads.
+
+    On a CPU, torch splits the sums of a channels-last picture among the threads; those of a contiguous one it doesn't.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+
+
 class ResnetBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where the width changes."""
 
     def __init__(self, inputs: int, outputs: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, inputs, eps=_EPSILON)
+        self.norm1 = GroupNorm(groups, inputs, eps=_EPSILON)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, outputs, eps=_EPSILON)
+        self.norm2 = GroupNorm(groups, outputs, eps=_EPSILON)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
 
@@ -139,7 +151,7 @@ class Encoder(nn.Module):
             for i in range(len(widths))
         )
         self.mid_block = Level(widths[-1], widths[-1], 2, groups, None)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=_EPSILON)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=_EPSILON)
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,7 +179,7 @@ class Decoder(nn.Module):
             )
             for i in range(len(widths))
         )
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=_EPSILON)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=_EPSILON)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
