@@ -7,6 +7,9 @@ if TYPE_CHECKING:
     from .adapters.canonical import Adapter
     from .core import Branch, Guidance, Request, Result, Sampling, Style, StylemuseError
     from .decoding.guidance import CFG, ObjectInStyle, StyleDrop
+    from .engine.engine import Engine
+    from .engine.errors import CancelledError, ClosedError, DeadlineError, EngineError, FailedError, QueueFullError
+    from .engine.ticket import Snapshot, Ticket
     from .pipeline import Pipeline, Preview, load
 
 __version__ = "0.1.0"
@@ -15,16 +18,25 @@ __all__ = [
     "CFG",
     "Adapter",
     "Branch",
+    "CancelledError",
+    "ClosedError",
+    "DeadlineError",
+    "Engine",
+    "EngineError",
+    "FailedError",
     "Guidance",
     "ObjectInStyle",
     "Pipeline",
     "Preview",
+    "QueueFullError",
     "Request",
     "Result",
     "Sampling",
+    "Snapshot",
     "Style",
     "StyleDrop",
     "StylemuseError",
+    "Ticket",
     "load",
 ]
 
@@ -32,6 +44,16 @@ _ROOMS = {
     "adapters.canonical": ("Adapter",),
     "core": ("Branch", "Guidance", "Request", "Result", "Sampling", "Style", "StylemuseError"),
     "decoding.guidance": ("CFG", "ObjectInStyle", "StyleDrop"),
+    "engine.engine": ("Engine",),
+    "engine.errors": (
+        "CancelledError",
+        "ClosedError",
+        "DeadlineError",
+        "EngineError",
+        "FailedError",
+        "QueueFullError",
+    ),
+    "engine.ticket": ("Snapshot", "Ticket"),
     "pipeline": ("Pipeline", "Preview", "load"),
 }
 

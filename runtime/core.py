@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,14 @@ MAX_PROMPT = 10_000
 
 class StylemuseError(ValueError):
     """Anything a user can get wrong (an input, an option, a file): one line, what was given and what is allowed."""
+
+
+class Sizes(NamedTuple):
+    """What pictures a model draws: its own grid's side in tokens, pixels per token, and what sides are multiples of."""
+
+    side: int
+    factor: int
+    unit: int
 
 
 @dataclass(frozen=True)
@@ -175,7 +183,8 @@ class Result:
         tokens: (n, h, w) int64, the codes they were decoded from.
         seeds: the seed of each picture; a request with it and n = 1 draws that picture again.
         timings: seconds: "text", "condition", "pixels", "total", and per decoding step lists "step", "transformer",
-            "head", "sampling", "remask". Requests that ran together share them.
+            "head", "sampling", "remask". Requests that ran together share them. An engine's have "queue" (seconds until
+            it was ready to run) and, per step, "step" alone.
     """
 
     images: list[Image]

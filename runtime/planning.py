@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from .adapters.canonical import Adapter
-from .core import Branch, Guidance, Request, Sampling, StylemuseError
+from .core import Branch, Guidance, Request, Sampling, Sizes, StylemuseError
 from .decoding import start
 from .decoding.guidance import CFG, StyleDrop, recommended
 from .decoding.rng import fresh_seed, image_seeds
-from .models.amused import AmusedConfig
-from .reference import Reference
+
+if TYPE_CHECKING:
+    from .adapters.versions import Version
+
+
+class Backend(start.Tokenizer, Protocol):
+    """What a plan asks of a backend."""
+
+    @property
+    def sizes(self) -> Sizes:
+        """What pictures it draws."""
+
 
 MAX_TOKENS = 64 * 64
 """Bound on one picture's tokens."""
@@ -30,7 +39,7 @@ class Plan:
 
 
 def plan(
-    request: Request, adapters: Mapping[str, Adapter], defaults: Mapping[str, Any], network: Reference, model: str
+    request: Request, adapters: Mapping[str, Version], defaults: Mapping[str, Any], network: Backend, model: str
 ) -> Plan:
     """Decide and check.
 
@@ -46,7 +55,7 @@ def plan(
     negative, styles = request.negative_prompt.strip(), request.styles()
     branches = guidance.branches(prompt, negative, styles, steps, sampling.ramp)
     _check_effects(guidance.branches(prompt, negative, styles, steps), branches, negative, sampling.ramp, guidance)
-    grid = _grid(request.size, network.transformer.config, network.vq.config.factor, model)
+    grid = _grid(request.size, network.sizes, model)
     seeds = image_seeds(fresh_seed() if request.seed is None else request.seed, request.n)
     starts = start.prepare(request, grid, seeds, replace(sampling, steps=steps), network)
     skipped = steps - len(starts[0].steps)
@@ -65,13 +74,13 @@ def _check_effects(
         raise StylemuseError(f"the ramp {ramp!r} has no effect with {guidance}; raise its guidance or leave it out")
 
 
-def _steps(adapters: Mapping[str, Adapter], defaults: Mapping[str, Any]) -> int:
+def _steps(adapters: Mapping[str, Version], defaults: Mapping[str, Any]) -> int:
     """The most steps any of the styles recommends, else the model's."""
     steps = [adapter.recommended["steps"] for adapter in adapters.values() if "steps" in adapter.recommended]
     return int(max(steps, default=defaults.get("steps", 12)))
 
 
-def _guidance(adapters: Mapping[str, Adapter], defaults: Mapping[str, Any]) -> Guidance:
+def _guidance(adapters: Mapping[str, Version], defaults: Mapping[str, Any]) -> Guidance:
     """What the first style that recommends something recommends; StyleDrop for other styles, CFG for the base."""
     for adapter in adapters.values():
         if (recipe := recommended(adapter.recommended)) is not None:
@@ -79,16 +88,16 @@ def _guidance(adapters: Mapping[str, Adapter], defaults: Mapping[str, Any]) -> G
     return StyleDrop() if adapters else CFG(float(defaults.get("scale", 10.0)))
 
 
-def _descriptors(prompt: str, adapters: Mapping[str, Adapter]) -> list[str]:
+def _descriptors(prompt: str, adapters: Mapping[str, Version]) -> list[str]:
     """The words that call the styles, unless the prompt has them already."""
     words = [adapter.descriptor for adapter in adapters.values()]
     return [descriptor for descriptor in words if descriptor and descriptor not in prompt]
 
 
-def _grid(size: tuple[int, int] | None, config: AmusedConfig, factor: int, model: str) -> tuple[int, int]:
+def _grid(size: tuple[int, int] | None, sizes: Sizes, model: str) -> tuple[int, int]:
     """Pixels (width, height) -> tokens (h, w)."""
-    width, height = size or (config.sample_size * factor,) * 2
-    unit = factor * (2 if config.downsample else 1)
+    side, factor, unit = sizes
+    width, height = size or (side * factor,) * 2
     if width < unit or height < unit or width % unit or height % unit or width * height > MAX_TOKENS * factor**2:
         most = round(MAX_TOKENS**0.5) * factor
         raise StylemuseError(

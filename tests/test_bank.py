@@ -72,6 +72,17 @@ def test_addresses_never_change() -> None:
     assert [tensor.data_ptr() for tensor in stacked(made)] == addresses
 
 
+def test_sites_that_nobody_touches_stay_out_of_a_batch() -> None:
+    """What an adapter leaves alone is base for its rows, so a batch need not look there."""
+    made = bank()
+    query, chin = made.add(lora("a", {"layer.to_q": 2})), made.add(neck("b"))
+    assert made.touched([]) == {}
+    assert made.touched([query]) == {"layer.qkv": made.sites["layer.qkv"]}
+    assert set(made.touched([query, chin, query])) == {"layer.qkv", "layer"}
+    made.put(query, lora("a", {"layer.to_out.0": 1}))
+    assert set(made.touched([query])) == {"layer.to_out"}
+
+
 def test_a_then_b_then_a_is_a_to_the_bit() -> None:
     made, a, b = bank(), lora("a"), lora("b", {"layer.to_q": 4, "layer.to_k": 1})
     for adapter in (neck("n"), b, a):  # after these, every site of the slot has been written once

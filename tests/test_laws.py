@@ -34,6 +34,7 @@ from stylemuse import (
     StyleDrop,
     StylemuseError,
 )
+from stylemuse.adapters.versions import Version
 from stylemuse.kernels.rows import BASE
 
 STYLES = (None, "ink", "neon", {"ink": 0.5}, {"ink": 0.4, "neon": 0.6}, {"neon": Style(1.0, strength=0.5)})
@@ -225,15 +226,15 @@ def test_a_swap_while_a_request_is_prepared_is_before_it_or_after(
     pipe = load(tiny_model)
     look = random_style(pipe.network.transformer.config, "ink", seed=9)
     other = Adapter("ink", "lora", look.tensors, descriptor="in the red castle", recommended={"guidance": "CFG"})
-    before, bank = draw(pipe, style="ink", n=2), pipe.adapters.bank
-    acquire = bank.acquire
+    before, library = draw(pipe, style="ink", n=2), pipe.adapters
+    pin = library.pin
 
-    def swapped_first(name: str) -> int:
+    def swapped_first(name: str) -> Version:
         monkeypatch.undo()
         pipe.adapters.add("ink", other, swap=True)
-        return acquire(name)
+        return pin(name)
 
-    monkeypatch.setattr(bank, "acquire", swapped_first)
+    monkeypatch.setattr(library, "pin", swapped_first)
     meanwhile, after = draw(pipe, style="ink", n=2), draw(pipe, style="ink", n=2)
     assert not np.array_equal(before, after)
     assert any(np.array_equal(meanwhile, tokens) for tokens in (before, after))

@@ -40,11 +40,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """Options that a model with the styles ink and neon refuses, by the start of its answer."""
 
 LOADING: dict[str, dict[str, Any]] = {
-    r"backend 'triton' is not there; allowed: auto, reference$": {"backend": "triton"},
+    r"backend 'tpu' is not there; allowed: auto, reference, triton, onnx$": {"backend": "tpu"},
     r"device 'tpu' is unknown; allowed: cpu, cuda": {"device": "tpu"},
     r"dtype 'float16' is not supported; allowed: float32, bfloat16$": {"dtype": "float16"},
     r"adapter ink has rank 2; this bank allows at most 1$": {"rank": 1},
-    r"all 1 slots are in use \(ink\); remove an adapter first$": {"slots": 1},
     r".*: no diffusion_pytorch_model\.fp16\.safetensors": {"variant": "fp16"},
     r"model .*: revision 'main' given; it is allowed for a Hub id only$": {"revision": "main"},
 }

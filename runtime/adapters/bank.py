@@ -11,7 +11,8 @@ requests (`acquire`, `release`) is freed when the last of them is done, so each 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import torch
@@ -21,6 +22,10 @@ from ..core import StylemuseError
 from ..kernels.rows import Bottleneck, LowRank, Site
 from .canonical import Adapter
 from .files import some
+
+
+class SlotsInUse(StylemuseError):
+    """Every slot holds an adapter that is registered or used by a running request."""
 
 
 class Bank:
@@ -68,7 +73,8 @@ class Bank:
             stacks[name] = Bottleneck(table(width, rank), table(rank, width), counts())
         self.sites: Mapping[str, LowRank | Bottleneck] = MappingProxyType(stacks)
         self._adapters: dict[int, Adapter] = {}
-        self._names: dict[str, int] = {}
+        self._groups: dict[int, frozenset[str]] = {}
+        self._names: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._users = [0] * slots
         self._lock = threading.RLock()
 
@@ -94,18 +100,29 @@ class Bank:
         """The adapter a slot holds."""
         return self._adapters[slot]
 
-    def add(self, adapter: Adapter, *, replace: bool = False) -> int:
-        """Put an adapter into a free slot and register its name; with `replace` the name may exist and moves to it."""
+    def touched(self, slots: Iterable[int]) -> Mapping[str, LowRank | Bottleneck]:
+        """The part of `sites` in which adapters of these slots have something; at all others their rows are base."""
+        with self._lock:
+            names = set().union(*(self._groups[slot] for slot in slots))
+        return {name: self.sites[name] for name in names}
+
+    def add(self, adapter: Adapter, *, replace: bool = False, evict: bool = False) -> int:
+        """Put an adapter into a free slot and register its name; with `replace` the name may exist and moves to it.
+
+        With `evict` a slot is made free if need be, as `room` does.
+
+        Raises:
+            SlotsInUse: the adapter fits, but no slot is free.
+        """
+        pairs = self._fit(adapter)
         with self._lock:
             if adapter.name in self._names and not replace:
                 raise StylemuseError(f"adapter {adapter.name!r} exists already; remove it first or replace it")
-            free = next((slot for slot in range(self.slots) if slot not in self._adapters), None)
-            if free is None:
-                raise StylemuseError(
-                    f"all {self.slots} slots are in use ({some(self._names)}); remove an adapter first"
-                )
-            self.put(free, adapter)
-            old = self._names.get(adapter.name)
+            if evict:
+                self.room(make=True)
+            free = self._free()
+            self._write(free, adapter, pairs)
+            old = self._names.pop(adapter.name, None)
             self._names[adapter.name] = free
             if old is not None:
                 self._retire(old)
@@ -123,7 +140,50 @@ class Bank:
         with self._lock:
             slot = self.slot(name)
             self._users[slot] += 1
+            self._names.move_to_end(name)
             return slot
+
+    def hold(self, slot: int, adapter: Adapter) -> bool:
+        """Keep a slot as `acquire` does, if it still holds that adapter; whether it does."""
+        with self._lock:
+            if self._adapters.get(slot) is not adapter:
+                return False
+            self._users[slot] += 1
+            if self._names.get(adapter.name) == slot:
+                self._names.move_to_end(adapter.name)
+            return True
+
+    def lend(self, adapter: Adapter) -> int:
+        """A slot for an adapter without a name, kept for the caller until `release`, which clears it.
+
+        One is made free if need be, as `room` does.
+        """
+        pairs = self._fit(adapter)
+        with self._lock:
+            self.room(make=True)
+            slot = self._free()
+            self._write(slot, adapter, pairs)
+            self._users[slot] += 1
+            return slot
+
+    def name(self, slot: int) -> None:
+        """Register the adapter of a lent slot by its name, which must not be in use: it stays when it is released."""
+        with self._lock:
+            assert self._adapters[slot].name not in self._names
+            self._names[self._adapters[slot].name] = slot
+
+    def room(self, *, make: bool = False) -> bool:
+        """Whether a slot is free or could be: its name is forgotten, of those without users the least recently used.
+
+        With `make` that is done, so that a slot is free.
+        """
+        with self._lock:
+            if len(self._adapters) < self.slots:
+                return True
+            idle = next((name for name, slot in self._names.items() if not self._users[slot]), None)
+            if idle is not None and make:
+                self.remove(idle)
+            return idle is not None
 
     def release(self, slot: int) -> None:
         """Give back what `acquire` returned."""
@@ -132,14 +192,26 @@ class Bank:
             self._users[slot] -= 1
             self._retire(slot)
 
+    def _free(self) -> int:
+        free = next((slot for slot in range(self.slots) if slot not in self._adapters), None)
+        if free is None:
+            raise SlotsInUse(f"all {self.slots} slots are in use ({some(self._names)}); remove an adapter first")
+        return free
+
     def _retire(self, slot: int) -> None:
         if not self._users[slot] and slot not in self._names.values():
             self.clear(slot)
 
+    def check(self, adapter: Adapter) -> None:
+        """Raise unless the adapter fits this bank."""
+        self._fit(adapter)
+
     def put(self, slot: int, adapter: Adapter) -> None:
         """Write an adapter into a slot; it is checked as a whole before anything is written."""
         assert 0 <= slot < self.slots, f"slot {slot} of {self.slots}"
-        pairs = self._fit(adapter)
+        self._write(slot, adapter, self._fit(adapter))
+
+    def _write(self, slot: int, adapter: Adapter, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         with self._lock:
             self.clear(slot)
             for site, (down, up) in pairs.items():
@@ -152,11 +224,13 @@ class Bank:
                 target.up[(slot, *part)][: up.shape[0]].copy_(up)
                 lanes[slot] = max(int(lanes[slot]), down.shape[1])
             self._adapters[slot] = adapter
+            self._groups[slot] = frozenset(self._group(site) for site in pairs)
 
     def clear(self, slot: int) -> None:
         """Empty a slot: zeros where it had an adapter, rank 0 everywhere."""
         with self._lock:
             adapter = self._adapters.pop(slot, None)
+            self._groups.pop(slot, None)
             for site in adapter.tensors if adapter else ():
                 target, lanes = self._lanes(slot, site)
                 if int(lanes[slot]):
@@ -164,8 +238,11 @@ class Bank:
                     target.down[slot].zero_()
                     target.up[slot].zero_()
 
+    def _group(self, site: str) -> str:
+        return self._places[site].group if site in self._places else site
+
     def _lanes(self, slot: int, site: str) -> tuple[LowRank | Bottleneck, Tensor]:
-        target = self.sites[self._places[site].group if site in self._places else site]
+        target = self.sites[self._group(site)]
         return target, target.ranks if isinstance(target, LowRank) else target.widths
 
     def _fit(self, adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:

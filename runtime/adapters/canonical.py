@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -144,7 +144,15 @@ def load(folder: str | Path) -> Adapter:
     adapter = Adapter(tensors=_unpack(data), **known)
     if facts["rank"] != adapter.rank or isinstance(facts["rank"], bool):
         raise StylemuseError(f"adapter.json: rank is {facts['rank']!r} but the tensors have {adapter.rank}")
+    vars(adapter)["sha256"] = facts["sha256"]  # just verified: not hashed a second time
     return adapter
+
+
+def renamed(adapter: Adapter, name: str) -> Adapter:
+    """The same adapter under another name; its hash, if known, stays."""
+    made = replace(adapter, name=name)
+    vars(made).update({key: value for key, value in vars(adapter).items() if key == "sha256"})
+    return made
 
 
 def _pack(tensors: Mapping[str, Pair]) -> bytes:

@@ -1,16 +1,23 @@
-"""A pipeline's adapters by name: added from any published file, while serving too."""
+"""A pipeline's adapters by name: added from any published file, while serving too.
+
+More can be registered than the bank has slots. Every name has a `Version`; a request pins the versions it chose and
+acquires their slots when it is about to run. A version without a slot is read again from where it came, in the place of
+the one used longest ago that no request uses.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from ..core import StylemuseError
 from ..kernels.rows import Site
 from . import canonical, lora
-from .bank import Bank
+from .bank import Bank, SlotsInUse
 from .canonical import Adapter
+from .files import some
+from .versions import Version
 
 
 class Library:
@@ -19,23 +26,47 @@ class Library:
     def __init__(self, bank: Bank, sites: Mapping[str, Site], base_model: str, fingerprint: Callable[[], str]) -> None:
         """``fingerprint`` hashes the model's weights; it is called when the first adapter that names a hash comes."""
         self.bank, self._sites, self._base_model, self._fingerprint = bank, sites, base_model, fingerprint
+        self._versions: dict[str, Version] = {}
+        self._lock, self._reading = threading.RLock(), threading.Lock()
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names a request may use, sorted."""
-        return self.bank.names
+        with self._lock:
+            return tuple(sorted(self._versions))
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names
+        return name in self._versions
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self._versions)
 
     def __getitem__(self, name: str) -> Adapter:
-        return self.bank.adapter(name)
+        version = self.version(name)
+        found = version.resident
+        return found[1] if found is not None else version.read()
+
+    def version(self, name: str) -> Version:
+        """What a name stands for now."""
+        version = self._versions.get(name)
+        if version is None:
+            allowed = some(self.names, shown=20) or "none yet"
+            raise StylemuseError(f"adapter {name[:80]!r} is unknown; allowed are {allowed}")
+        return version
+
+    def versions(self) -> list[Version]:
+        """What every name stands for now, by name."""
+        with self._lock:
+            return [self._versions[name] for name in sorted(self._versions)]
+
+    def check(self, adapter: Adapter) -> None:
+        """Raise unless the adapter fits this model."""
+        if adapter.base_sha256 is not None:
+            self.base_sha256()
+        self.bank.check(adapter)
 
     def base_sha256(self) -> str:
         """The hash of the model's weights, which adapters made for it carry."""
@@ -49,7 +80,7 @@ class Library:
         if (path / "adapter.json").is_file():
             if alpha is not None or recipe is not None:
                 raise StylemuseError(f"{path.name} is a canonical adapter, which has its scale; drop alpha and recipe")
-            return replace(canonical.load(path), name=name)
+            return canonical.renamed(canonical.load(path), name)
         return lora.read(
             path,
             name=name,
@@ -67,24 +98,105 @@ class Library:
         alpha: float | None = None,
         recipe: str | None = None,
         swap: bool = False,
+        on_free: Callable[[], None] | None = None,
     ) -> Adapter:
         """Register a style for the requests that come after.
 
         Args:
             name: how requests choose it.
-            source: a canonical folder, a published LoRA file or folder, or an `Adapter`.
+            source: a canonical folder, a published LoRA file or folder, which is read again when the style had to leave
+                its slot; or an `Adapter`, which is kept.
             alpha, recipe: the LoRA's alpha or the recipe it was trained by, where the file doesn't store it.
             swap: the name may exist and moves to the new adapter; running requests keep the old one.
+            on_free: called when the name stands for something else and no request needs this source any more.
         """
-        adapter = replace(source, name=name) if isinstance(source, Adapter) else None
-        if adapter is None:
-            assert not isinstance(source, Adapter)
-            adapter = self.read(name, source, alpha=alpha, recipe=recipe)
+        again: Callable[[], Adapter] | None = None
+        folder: Path | None = None
+        if isinstance(source, Adapter):
+            adapter = canonical.renamed(source, name)
+        else:
+            path = Path(source).expanduser().absolute()
+            folder = path if path.is_dir() else None
+            adapter = self.read(name, path, alpha=alpha, recipe=recipe)
+
+            def again() -> Adapter:
+                return self.read(name, path, alpha=alpha, recipe=recipe)
+
         if adapter.base_sha256 is not None:
             self.base_sha256()
-        self.bank.add(adapter, replace=swap)
+        version = Version(adapter, again, on_free, folder)
+        with self._lock:
+            if name in self._versions and not swap:
+                raise StylemuseError(f"adapter {name!r} exists already; remove it first or replace it")
+            try:
+                version.settle(self.bank.add(adapter, replace=True, evict=True), adapter)
+            except SlotsInUse:  # it fits and has no slot until a request needs it
+                if name in self.bank.names:
+                    self.bank.remove(name)
+            self._retire(self._versions.get(name))
+            self._versions[name] = version
         return adapter
 
     def remove(self, name: str) -> None:
         """Forget a style; running requests finish with it."""
-        self.bank.remove(name)
+        with self._lock:
+            version = self.version(name)
+            if name in self.bank.names:
+                self.bank.remove(name)
+            del self._versions[name]
+            self._retire(version)
+
+    def pin(self, name: str) -> Version:
+        """What the name stands for now, kept for the caller until `unpin`; it need not have a slot."""
+        with self._lock:
+            version = self.version(name)
+            version.pins += 1
+            return version
+
+    def unpin(self, version: Version) -> None:
+        """Give back what `pin` returned."""
+        with self._lock:
+            version.pins -= 1
+            free = version.retired and not version.pins
+        if free:
+            version.free()
+
+    def acquire(self, version: Version) -> int:
+        """A pinned version's slot, kept for the caller until `release`; read into one if it has none.
+
+        Raises:
+            SlotsInUse: requests use all slots; a later try may succeed.
+            StylemuseError: its file is gone or changed.
+        """
+        slot = self._hold(version)
+        if slot is not None:
+            return slot
+        with self._reading:
+            slot = self._hold(version)  # another may have read it meanwhile
+            if slot is not None:
+                return slot
+            if not self.bank.room():
+                raise SlotsInUse(f"requests use all {self.bank.slots} slots; style {version.name!r} needs one")
+            return self._place(version, version.read())
+
+    def release(self, slot: int) -> None:
+        """Give back what `acquire` returned."""
+        self.bank.release(slot)
+
+    def _hold(self, version: Version) -> int | None:
+        found = version.resident
+        return found[0] if found is not None and self.bank.hold(*found) else None
+
+    def _place(self, version: Version, adapter: Adapter) -> int:
+        with self._lock:
+            slot = self.bank.lend(adapter)
+            if self._versions.get(version.name) is version:
+                self.bank.name(slot)
+            version.settle(slot, adapter)
+            return slot
+
+    def _retire(self, version: Version | None) -> None:
+        if version is not None:
+            version.retired = True
+            if not version.pins:
+                version.free()

@@ -1,0 +1,1 @@
+"""Who runs when: many requests in the same forward passes, joining and leaving at every step."""

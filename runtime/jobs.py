@@ -1,0 +1,133 @@
+"""A request on its way to pictures: what it decided, what it holds, its canvases. Pipeline and engine share this.
+
+begin     the versions of its styles are pinned and everything is checked; nothing is computed
+acquire   its styles have slots
+canvases  text and conditioning are there: every picture can be decoded
+pictures  tokens -> pictures, those of many requests together
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from . import arrays
+from .cache import Recent
+from .core import Branch, Request
+from .decoding.loop import Canvas
+from .kernels.rows import BASE
+from .planning import Plan, plan
+
+if TYPE_CHECKING:
+    from .adapters.library import Library
+    from .adapters.versions import Version
+    from .models.text import TextOutput
+    from .reference import Context, Reference
+
+_TEXTS_KEPT = 256
+_CONTEXT_BYTES = 256 << 20
+
+
+class Jobs:
+    """Begins jobs of one model; texts and step-constant conditioning are kept for those that come later, bounded."""
+
+    def __init__(self, model: str, network: Reference, adapters: Library, defaults: Mapping[str, Any]) -> None:
+        self.model, self.network, self.adapters, self.defaults = model, network, adapters, defaults
+        self._texts: Recent[TextOutput] = Recent(_TEXTS_KEPT, lambda _: 1)
+        self._contexts: Recent[Context] = Recent(_CONTEXT_BYTES, lambda context: context.bytes)
+
+    def begin(self, request: Request) -> Job:
+        """Check the request as a whole and pin its styles; a StylemuseError says what is wrong with it."""
+        return Job(request, self)
+
+    def pictures(self, grids: Sequence[Any]) -> list[list[Image.Image]]:
+        """The pictures of each request; all grids (n, h, w) of one size are decoded together."""
+        drawn: list[list[Image.Image]] = [[] for _ in grids]
+        for size in {grid.shape[1:] for grid in grids}:
+            alike = [index for index, grid in enumerate(grids) if grid.shape[1:] == size]
+            pictures = iter(self.network.pixels(arrays.concatenate([grids[index] for index in alike])))
+            for index in alike:
+                drawn[index] = list(islice(pictures, len(grids[index])))
+        return drawn
+
+    def context(
+        self, branch: Branch, grid: tuple[int, int], slot: int, version: Version | None, timings: dict[str, Any]
+    ) -> Context:
+        """The branch's context, made once for all rows that share it and kept for later requests."""
+        mark = time.perf_counter()
+        text = self._texts.get(branch.prompt, lambda: self.network.text(branch.prompt))
+        timings["text"] += time.perf_counter() - mark
+        mark = time.perf_counter()
+        scale = 1.0 if version is None else branch.strength * version.scale
+        # The version is part of the key: the slot may hold another one tomorrow.
+        key = (branch.prompt, grid, slot, scale, version)
+        made = self._contexts.get(key, lambda: self.network.context(text, grid, slot, scale))
+        timings["condition"] += time.perf_counter() - mark
+        return made
+
+
+class Job:
+    """One request's plan and what it holds of the library until `release`.
+
+    Attributes:
+        plan: everything the request left open, decided.
+    """
+
+    plan: Plan
+
+    def __init__(self, request: Request, jobs: Jobs) -> None:
+        self._jobs = jobs
+        self._versions: dict[str, Version] = {}
+        self._slots: dict[str, int] = {}
+        try:
+            # Pinned before anything of them is read: a swap from here on is for later requests.
+            self._pin(request.styles())
+            self.plan = plan(request, self._versions, jobs.defaults, jobs.network, jobs.model)
+            self._pin(self.plan.styles)
+        except BaseException:
+            self.release()
+            raise
+
+    def acquire(self) -> None:
+        """Slots for all the styles, read from where they came if need be, or an error and none."""
+        try:
+            for name in sorted(self.plan.styles):
+                self._slots[name] = self._jobs.adapters.acquire(self._versions[name])
+        except BaseException:
+            self._release_slots()
+            raise
+
+    def canvases(self, timings: dict[str, Any]) -> list[Canvas]:
+        """A canvas per picture; seconds are added to ``timings`` "text" and "condition"."""
+        chosen = self.plan
+        contexts = tuple(self._context(branch, timings) for branch in chosen.branches)
+        weights = tuple(branch.weights for branch in chosen.branches)
+        return [
+            Canvas(known.tokens, known.unknown, seed, known.steps, contexts, weights, chosen.grid)
+            for seed, known in zip(chosen.seeds, chosen.starts, strict=True)
+        ]
+
+    def release(self) -> None:
+        """Give back all that is held; once is enough, more does nothing."""
+        self._release_slots()
+        while self._versions:
+            self._jobs.adapters.unpin(self._versions.popitem()[1])
+
+    def _release_slots(self) -> None:
+        while self._slots:
+            self._jobs.adapters.release(self._slots.popitem()[1])
+
+    def _pin(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self._versions:
+                self._versions[name] = self._jobs.adapters.pin(name)
+
+    def _context(self, branch: Branch, timings: dict[str, Any]) -> Context:
+        if branch.style is None:
+            return self._jobs.context(branch, self.plan.grid, BASE, None, timings)
+        slot, version = self._slots[branch.style], self._versions[branch.style]
+        return self._jobs.context(branch, self.plan.grid, slot, version, timings)
