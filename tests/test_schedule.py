@@ -75,6 +75,13 @@ def test_amused_temperatures_are_those_of_diffusers(temperature: float | tuple[f
     assert steps.score == "log_probability"
 
 
+def test_amused_temperatures_are_torch_s_to_the_bit() -> None:
+    for steps in range(1, 1001):
+        for pair in ((2.0, 0.0), (4.5, 0.01), (0.3, 1.7)):
+            expected = tuple(torch.linspace(*pair, steps).tolist())
+            assert amused(2048, 2048, steps, temperature=pair).choice_temperature == expected
+
+
 @pytest.mark.parametrize("part", ["ids", "plain_ids"])
 def test_styledrop_counts_are_the_recorded_ones(part: str) -> None:
     with np.load(GOLDEN) as trace:

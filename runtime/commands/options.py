@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from ..pipeline import Pipeline
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-Model = Annotated[str, typer.Option("--model", help='"demo" (embedded), a folder in diffusers layout, or a Hub id.')]
-Backend = Annotated[str, typer.Option("--backend", help="auto or reference.")]
+Model = Annotated[
+    str, typer.Option("--model", help='"demo" (embedded), a folder in diffusers layout or of an export, or a Hub id.')
+]
+Backend = Annotated[str, typer.Option("--backend", help="auto, reference, triton or onnx.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; chosen if left out.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32 or bfloat16; chosen if left out.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="0 to 2^63 - 1; drawn and reported if left out.")]

@@ -8,7 +8,8 @@ masked positions:
     x[M] = draw(l),  then the least confident of M are masked again, ``Steps.masked_after`` of them
 
 Every forward is one step for each of its canvases. They may differ in step, schedule, length, branches and style, so an
-engine lets a new picture join at the next step.
+engine lets a new picture join at the next step. What is computed on tensors is in ``step``; a backend whose whole step
+is one call (an ONNX graph) brings its own. This file needs no torch.
 
 Exact savings: branches without weight aren't run; all pictures of a request share each branch's first forward, where
 every token is MASK; only masked positions are read out, scored and drawn; a last step draws no confidence.
@@ -20,23 +21,23 @@ on its seed alone; exactly ``masked_after`` positions are masked after a step, t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from stylemuse.decoding.schedule import Steps
-from stylemuse.kernels import sampling
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # Seconds of every step by part: "transformer", "head", "sampling", "remask"; "step" is them and what lies between.
 Timings = dict[str, list[float]]
 
 
 class Network(Protocol):
-    """What a backend offers the loop."""
+    """What a backend offers the loop: the parts of a step, which ``step`` puts together."""
 
     @property
     def mask_id(self) -> int:
@@ -50,6 +51,14 @@ class Network(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(M, D) fp32 to (M, V) fp32 over the codes."""
+
+
+@runtime_checkable
+class WholeSteps(Protocol):
+    """A backend whose whole step is one call; its tensors may be of any kind its canvases hold."""
+
+    def decode_step(self, canvases: Sequence[Canvas], rows: Rows, timings: Timings | None) -> tuple[Any, Any]:
+        """Tokens and unknown of each canvas after one step; the canvases, of one size, are left as they are."""
 
 
 @dataclass
@@ -97,6 +106,8 @@ class Canvas:
         device: torch.device | str = "cpu",
     ) -> Canvas:
         """A canvas of that many tokens, all of them masked."""
+        import torch
+
         grid = torch.zeros(tokens, dtype=torch.int64, device=device)
         return cls(grid, torch.ones_like(grid, dtype=torch.bool), seed, steps, contexts, weights)
 
@@ -106,7 +117,7 @@ class Canvas:
 
 
 def decode(
-    network: Network,
+    network: Network | WholeSteps,
     canvases: Sequence[Canvas],
     on_step: Callable[[Sequence[Canvas]], None] | None = None,
     timings: Timings | None = None,
@@ -122,39 +133,36 @@ def decode(
     return [canvas.tokens for canvas in canvases]
 
 
-@torch.no_grad()
-def advance(network: Network, canvases: Sequence[Canvas], timings: Timings | None = None) -> None:
+def advance(network: Network | WholeSteps, canvases: Sequence[Canvas], timings: Timings | None = None) -> None:
     """One decoding step for each canvas. ``timings`` collects seconds, at the price of waiting for the device."""
-    alike: dict[tuple[int, ...], list[Canvas]] = {}
-    for canvas in canvases:
-        assert not canvas.finished
-        alike.setdefault((len(canvas.tokens), *canvas.shape), []).append(canvas)
-    for group in alike.values():
-        with _timed(timings, "step", group[0].tokens.device):
+    for group in alike(canvases):
+        with timed(timings, "step", getattr(group[0].tokens, "device", "cpu")):
             _advance(network, group, timings)
 
 
-def _advance(network: Network, canvases: Sequence[Canvas], timings: Timings | None) -> None:
-    size, device = len(canvases[0].tokens), canvases[0].tokens.device
-    unknown = torch.stack([canvas.unknown for canvas in canvases])
-    tokens = torch.stack([canvas.tokens for canvas in canvases]).masked_fill(unknown, network.mask_id)
-    # Masked positions of all canvases in one list, canvas after canvas. Their number is known: nothing waits for it.
-    counts = [canvas.masked for canvas in canvases]
-    places = torch.nonzero_static(unknown.flatten(), size=sum(counts))[:, 0]
-
-    plan = _plan(canvases)
-    with _timed(timings, "transformer", device):
-        features = network.features(tokens[plan.sources], plan.contexts)
-    with _timed(timings, "head", device):
-        logits = network.logits(_combine(network, features, plan, torch.split(places % size, counts)))
-    noise = _Noise.of(canvases, places // size, places % size)
-    with _timed(timings, "sampling", device):
-        tokens, scores = _draw(noise, canvases, tokens, logits, places)
-    with _timed(timings, "remask", device):
-        _remask(noise, canvases, tokens, scores, places)
+def alike(canvases: Sequence[Canvas]) -> list[list[Canvas]]:
+    """The canvases that one forward pass can compute together: of one number of tokens and one shape."""
+    groups: dict[tuple[int, ...], list[Canvas]] = {}
+    for canvas in canvases:
+        assert not canvas.finished
+        groups.setdefault((len(canvas.tokens), *canvas.shape), []).append(canvas)
+    return list(groups.values())
 
 
-class _Plan(NamedTuple):
+def _advance(network: Network | WholeSteps, canvases: Sequence[Canvas], timings: Timings | None) -> None:
+    rows = _rows(canvases)
+    if isinstance(network, WholeSteps):
+        tokens, unknown = network.decode_step(canvases, rows, timings)
+    else:
+        from stylemuse.decoding.step import step
+
+        tokens, unknown = step(network, canvases, rows, timings)
+    for canvas, drawn, mask in zip(canvases, tokens, unknown, strict=True):
+        canvas.tokens, canvas.unknown, canvas.masked = drawn, mask, canvas.steps.masked_after[canvas.step]
+        canvas.step += 1
+
+
+class Rows(NamedTuple):
     """The rows of one forward pass, and where each canvas finds its branches among them."""
 
     sources: list[int]
@@ -162,9 +170,9 @@ class _Plan(NamedTuple):
     branches: list[list[tuple[int, float]]]
 
 
-def _plan(canvases: Sequence[Canvas]) -> _Plan:
+def _rows(canvases: Sequence[Canvas]) -> Rows:
     """A row per branch with a weight; canvases that are still all MASK share the rows of equal contexts."""
-    plan = _Plan([], [], [])
+    rows = Rows([], [], [])
     shared: dict[int, int] = {}
     for source, canvas in enumerate(canvases):
         blank = canvas.masked == len(canvas.tokens) and canvas.step == 0
@@ -175,79 +183,19 @@ def _plan(canvases: Sequence[Canvas]) -> _Plan:
                 continue
             row = shared.get(id(context)) if blank else None
             if row is None:
-                row = len(plan.sources)
-                plan.sources.append(source)
-                plan.contexts.append(context)
+                row = len(rows.sources)
+                rows.sources.append(source)
+                rows.contexts.append(context)
                 if blank:
                     shared[id(context)] = row
             branches.append((row, weight))
-        plan.branches.append(branches)
-    return plan
-
-
-def _combine(network: Network, features: Tensor, plan: _Plan, positions: Sequence[Tensor]) -> Tensor:
-    """The guided hidden states (M, D) fp32 of all masked positions: sum over branches of weight * readout."""
-    owners = zip(plan.branches, positions, strict=True)
-    picked = [features[row, places] for branches, places in owners for row, _ in branches]
-    hidden = iter(torch.split(network.readout(torch.cat(picked)), [len(part) for part in picked]))
-    # Multiplied and added one by one: a matmul may sum in another order for another batch, and rows must not notice.
-    return torch.cat([_weighted_sum((weight, next(hidden)) for _, weight in branches) for branches in plan.branches])
-
-
-def _weighted_sum(parts: Iterator[tuple[float, Tensor]]) -> Tensor:
-    weight, hidden = next(parts)
-    total = weight * hidden
-    for weight, hidden in parts:
-        total = total + weight * hidden
-    return total
-
-
-class _Noise(NamedTuple):
-    """What the noise of every masked position hangs on, (M,) each; ``owner`` is the canvas it belongs to."""
-
-    owner: Tensor
-    positions: Tensor
-    seeds: Tensor
-    steps: Tensor
-
-    @classmethod
-    def of(cls, canvases: Sequence[Canvas], owner: Tensor, positions: Tensor) -> _Noise:
-        made = cls(owner, positions, positions, positions)
-        seeds = made.per_place((canvas.seed for canvas in canvases), torch.int64)
-        return made._replace(seeds=seeds, steps=made.per_place((canvas.step for canvas in canvases), torch.int64))
-
-    def per_place(self, values: Iterable[float], dtype: torch.dtype) -> Tensor:
-        """A value per canvas -> a value per masked position."""
-        return torch.tensor(list(values), dtype=dtype, device=self.owner.device)[self.owner]
-
-
-def _draw(
-    noise: _Noise, canvases: Sequence[Canvas], tokens: Tensor, logits: Tensor, places: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Tokens (B, N) with the masked positions (``places``, in the flattened tokens) drawn, and their scores."""
-    temperature = noise.per_place((canvas.steps.token_temperature[canvas.step] for canvas in canvases), torch.float32)
-    raw_logit = noise.per_place((canvas.steps.score == "logit" for canvas in canvases), torch.bool)
-    drawn, scores = sampling.draw(logits, noise.seeds, noise.steps, noise.positions, temperature, raw_logit)
-    return tokens.flatten().scatter(0, places, drawn).view_as(tokens), scores
-
-
-def _remask(noise: _Noise, canvases: Sequence[Canvas], tokens: Tensor, scores: Tensor, places: Tensor) -> None:
-    """Mask the least confident of the drawn positions again, as many as the schedule says, and end the step."""
-    masked = [canvas.steps.masked_after[canvas.step] for canvas in canvases]
-    unknown = torch.zeros_like(tokens, dtype=torch.bool)
-    if any(masked):
-        choice = noise.per_place((canvas.steps.choice_temperature[canvas.step] for canvas in canvases), torch.float32)
-        confidence = sampling.confidence(scores, noise.seeds, noise.steps, noise.positions, choice)
-        known = torch.full(tokens.shape, torch.inf, device=tokens.device)
-        confidences = known.flatten().scatter(0, places, confidence)
-        unknown = sampling.remask(confidences.view_as(tokens), torch.tensor(masked, device=tokens.device))
-    for canvas, row, mask, count in zip(canvases, tokens, unknown, masked, strict=True):
-        canvas.tokens, canvas.unknown, canvas.masked = row, mask, count
-        canvas.step += 1
+        rows.branches.append(branches)
+    return rows
 
 
 @contextmanager
-def _timed(timings: Timings | None, part: str, device: torch.device) -> Iterator[None]:
+def timed(timings: Timings | None, part: str, device: torch.device | str) -> Iterator[None]:
+    """Add the seconds of the block to a part of the timings."""
     if timings is None:
         yield
         return
@@ -256,7 +204,9 @@ def _timed(timings: Timings | None, part: str, device: torch.device) -> Iterator
     timings.setdefault(part, []).append(_now(device) - start)
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
+def _now(device: torch.device | str) -> float:
+    if str(device).startswith("cuda"):
+        import torch
+
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import secrets
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from stylemuse.core import StylemuseError
-from stylemuse.kernels.philox import philox4x32, split_seed
+from stylemuse.kernels.philox import WORD, philox4x32_words
 
 IMAGE_STREAM = 2
 SEED_LIMIT = 2**63
@@ -30,11 +31,15 @@ def image_seeds(seed: int, n: int) -> tuple[int, ...]:
         raise StylemuseError(f"seed {seed} is not allowed: 0 to 2^63 - 1")
     if n < 1:
         raise StylemuseError(f"{n} pictures are not allowed: at least 1")
-    counter = torch.zeros(n, 4, dtype=torch.int64)
-    counter[:, 0], counter[:, 3] = IMAGE_STREAM, torch.arange(n)
-    low, high = philox4x32(counter, torch.stack(split_seed(torch.tensor(seed)))).unbind(-1)[:2]
+    pictures, zeros = np.arange(n), np.zeros(n, np.int64)
+    low, high = philox4x32_words(zeros + IMAGE_STREAM, zeros, zeros, pictures, *key_of(seed))[:2]
     derived = low | ((high & 0x7FFFFFFF) << 32)
     return (seed, *derived[1:].tolist())
+
+
+def key_of(seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The key (low word, high word) of a seed, (1,) int64 each."""
+    return np.array([seed & WORD]), np.array([seed >> 32])
 
 
 def fresh_seed() -> int:

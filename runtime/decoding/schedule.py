@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from stylemuse.core import StylemuseError
 
@@ -90,11 +91,11 @@ def amused(
         share = 1 - ratio
     else:
         raise StylemuseError(f"masking curve {curve!r} is unknown: 'cosine' or 'linear'")
-    aims = (tokens * (starting_ratio * share)).floor()
+    aims = np.floor(tokens * (starting_ratio * share))
     return Steps(
         masked_after=_masked_after(unknown, aims.tolist()[first:]),
         token_temperature=(1.0,) * (steps - first),
-        choice_temperature=tuple(torch.linspace(start, end, steps).tolist()[first:]),
+        choice_temperature=tuple(_line(start, end, steps).tolist()[first:]),
         score="log_probability",
     )
 
@@ -116,7 +117,7 @@ def maskgit(tokens: int, unknown: int, steps: int, *, temperature: float = 4.5, 
     _check(tokens, unknown, steps, first)
     _check_temperature(temperature)
     ratio = _ratios(steps)
-    aims = (unknown * _quarter_cosine(ratio).clamp(1e-6, 1.0)).floor()
+    aims = np.floor(unknown * _quarter_cosine(ratio).clip(1e-6, 1.0))
     return Steps(
         masked_after=_masked_after(unknown, aims.tolist()[first:]),
         token_temperature=(1.0,) * (steps - first),
@@ -130,13 +131,21 @@ SCHEDULES: Mapping[str, Callable[..., Steps]] = MappingProxyType(
 )
 
 
-def _ratios(steps: int) -> torch.Tensor:
-    return torch.arange(1, steps + 1) / steps
+def _ratios(steps: int) -> NDArray[np.float32]:
+    return np.arange(1, steps + 1, dtype=np.float32) / np.float32(steps)
 
 
-def _quarter_cosine(ratio: torch.Tensor) -> torch.Tensor:
+def _quarter_cosine(ratio: NDArray[np.float32]) -> NDArray[np.float32]:
     # Rounded once, from float64: fp32 cosines differ by a bit between maths libraries, and a schedule must not.
-    return torch.cos((ratio * math.pi / 2).double()).float()
+    return np.cos((ratio * np.float32(math.pi) / np.float32(2)).astype(np.float64)).astype(np.float32)
+
+
+def _line(start: float, end: float, steps: int) -> NDArray[np.float32]:
+    """Evenly spaced numbers as torch's fp32 linspace: from the nearer end, each rounded once (a fused multiply-add)."""
+    first, last, index = np.float32(start), np.float32(end), np.arange(steps)
+    stride = np.float64((last - first) / np.float32(max(steps - 1, 1)))
+    rising, falling = np.float64(first) + stride * index, np.float64(last) - stride * (steps - 1 - index)
+    return np.where(index < max(steps // 2, 1), rising, falling).astype(np.float32)
 
 
 def _masked_after(unknown: int, aims: Sequence[float]) -> tuple[int, ...]:

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from ..core import Request, Sampling, StylemuseError
-from ..kernels.philox import philox4x32, split_seed
+from ..kernels.philox import philox4x32_words
+from .rng import key_of
 from .schedule import SCHEDULES, Steps
 
 START_STREAM = 3
@@ -30,18 +30,21 @@ START_STREAM = 3
 
 
 class Tokenizer(Protocol):
-    """What is needed of a backend: a picture's codes."""
+    """What is needed of a backend: a picture's codes, and arrays as its canvases hold them."""
 
-    def codes(self, picture: Image.Image, grid: tuple[int, int]) -> Tensor:
+    def codes(self, picture: Image.Image, grid: tuple[int, int]) -> Any:
         """The picture, resized to the grid -> (h, w) int64."""
+
+    def array(self, values: NDArray[Any]) -> Any:
+        """The values as a tensor of the backend's."""
 
 
 @dataclass(frozen=True)
 class Start:
     """Tokens (N,), which of them are unknown (N,) bool, and the numbers of the steps from here."""
 
-    tokens: Tensor
-    unknown: Tensor
+    tokens: Any
+    unknown: Any
     steps: Steps
 
 
@@ -52,20 +55,18 @@ def prepare(
     size, schedule, count = grid[0] * grid[1], _schedule(sampling), sampling.steps
     assert count is not None, "the number of steps is decided by now"
     if request.image is None:
-        blank = Start(
-            torch.zeros(size, dtype=torch.int64), torch.ones(size, dtype=torch.bool), schedule(size, size, count)
-        )
-        return (blank,) * len(seeds)
+        tokens, unknown = network.array(np.zeros(size, np.int64)), network.array(np.ones(size, np.bool_))
+        return (Start(tokens, unknown, schedule(size, size, count)),) * len(seeds)
     # 49 * (1 / 49) is a little less than 1: what is meant is one step.
     first = count - math.floor(count * request.strength + 1e-9)
     if first == count:
         least = math.ceil(1000 / count) / 1000
         raise StylemuseError(f"strength {request.strength:g} redraws nothing in {count} steps; at least {least:g}")
-    codes = network.codes(request.image, grid).flatten().cpu()
+    codes = network.codes(request.image, grid).reshape(-1)
     if request.mask is None:
         lost = max(1, math.floor(size * math.cos(math.pi / 2 * first / count)))
         steps = schedule(size, lost, count, first=first)
-        return tuple(Start(codes, _lost(size, lost, seed), steps) for seed in seeds)
+        return tuple(Start(codes, network.array(_lost(size, lost, seed)), steps) for seed in seeds)
     region = _region(request.mask, grid)
     inside = int(region.sum())
     if inside == 0:
@@ -74,7 +75,7 @@ def prepare(
     if sampling.schedule == "amused":
         options["curve"] = "linear"
     steps = schedule(size, inside, count, first=first, **options)
-    return (Start(codes, region, steps),) * len(seeds)
+    return (Start(codes, network.array(region), steps),) * len(seeds)
 
 
 def _schedule(sampling: Sampling) -> Callable[..., Steps]:
@@ -90,15 +91,16 @@ def _schedule(sampling: Sampling) -> Callable[..., Steps]:
     return numbers
 
 
-def _region(mask: Image.Image, grid: tuple[int, int]) -> Tensor:
+def _region(mask: Image.Image, grid: tuple[int, int]) -> NDArray[np.bool_]:
     """(N,) bool: tokens of whose area at least half is white."""
     small = mask.convert("L").resize((grid[1], grid[0]), Image.Resampling.BOX)
-    return torch.from_numpy(np.asarray(small) >= 128).flatten()
+    return (np.asarray(small) >= 128).flatten()
 
 
-def _lost(size: int, count: int, seed: int) -> Tensor:
+def _lost(size: int, count: int, seed: int) -> NDArray[np.bool_]:
     """(N,) bool: the ``count`` positions with the smallest Philox words; ties by lowest index."""
-    counter = torch.zeros(size, 4, dtype=torch.int64)
-    counter[:, 0], counter[:, 2] = START_STREAM, torch.arange(size)
-    words = philox4x32(counter, torch.stack(split_seed(torch.tensor(seed))))[:, 0]
-    return torch.zeros(size, dtype=torch.bool).scatter(0, words.argsort(stable=True)[:count], True)
+    zeros = np.zeros(size, np.int64)
+    words = philox4x32_words(zeros + START_STREAM, zeros, np.arange(size), zeros, *key_of(seed))[0]
+    lost = np.zeros(size, np.bool_)
+    lost[np.argsort(words, kind="stable")[:count]] = True
+    return lost

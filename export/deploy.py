@@ -1,0 +1,124 @@
+"""Export: a pipeline's model and styles -> a folder of graphs that needs neither this runtime nor torch.
+
+What is written is opened again and draws the same requests as the model: in fp32 the tokens must agree, and for int8
+the manifest tells how many do.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapters.canonical import Adapter
+from ..core import StylemuseError
+from ..pipeline import Pipeline
+from ..reference import Reference
+from . import agreement, files, folder, manifest, quantize
+from .adapters import FORMS
+from .check import AGREEMENT
+from .loading import open_folder
+from .manifest import File, GraphFile, Manifest
+
+
+def export(
+    pipe: Pipeline,
+    out: Path,
+    *,
+    form: str = "bank",
+    styles: Sequence[str] | None = None,
+    strength: float = 1.0,
+    precision: str = "float32",
+) -> Manifest:
+    """Write a folder; it is there whole, or not at all.
+
+    Args:
+        pipe: the model, by the reference in fp32 on the CPU.
+        out: a folder that does not exist yet, or is empty.
+        form: "bank" (each row its own style), "single" (one style at a time, from a file that ONNX Runtime reads) or
+            "fused" (one style, or none, in the graphs).
+        styles: names of the pipeline's styles; all of them if left out, and none for "fused".
+        strength: multiplies the scale of a style that is fused.
+        precision: of the step's matrix products: "float32", or "int8" as in ``quantize``.
+
+    Raises:
+        StylemuseError: what is asked for is impossible, or a graph does not give what it should.
+    """
+    network = pipe.network
+    if not isinstance(network, Reference) or network.dtype != torch.float32 or network.device.type != "cpu":
+        raise StylemuseError(
+            "an export starts from a model loaded with backend='reference', dtype='float32' on the CPU"
+        )
+    if form not in FORMS:
+        raise StylemuseError(f"form {form!r} is unknown; allowed: {', '.join(FORMS)}")
+    if precision not in manifest.PRECISIONS:
+        raise StylemuseError(f"precision {precision!r} is unknown; allowed: {', '.join(manifest.PRECISIONS)}")
+    names = list(styles) if styles is not None else [] if form == "fused" else list(pipe.adapters.names)
+    if form == "fused" and len(names) > 1:
+        raise StylemuseError(f"form 'fused' takes one style, not {len(names)}: {', '.join(names)}")
+    if form != "fused" and strength != 1.0:
+        raise StylemuseError(f"strength has no effect on form {form!r}, whose rows have their own")
+    adapters = [pipe.adapters[name] for name in names]
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise StylemuseError(f"{out.name} exists already; choose another folder or remove it first")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        made = _deploy(pipe, network, partial, form, adapters, strength, precision)
+        if out.exists():
+            out.rmdir()
+        os.replace(partial, out)
+    except OSError as error:
+        raise StylemuseError(f"{out} cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return made
+
+
+def _deploy(
+    pipe: Pipeline,
+    network: Reference,
+    path: Path,
+    form: str,
+    adapters: Sequence[Adapter],
+    strength: float,
+    precision: str,
+) -> Manifest:
+    """Write, quantize if asked for, compare, and tell the manifest."""
+    written = folder.write(pipe, network, path, form, adapters, strength)
+    made, pairs = written.manifest, agreement.requests(form, [adapter.name for adapter in adapters], strength)
+    facts: dict[str, Any] = {}
+    if precision == "int8":
+        graph, facts = _quantized(written, path, [other for _, other in pairs])
+        made = replace(made, precision=precision, graphs={**made.graphs, "step": graph})
+        made.write(path)
+    measured = agreement.measure(pipe, open_folder(path), pairs)
+    if precision == "float32" and measured["tokens"] < AGREEMENT:
+        raise StylemuseError(f"the graphs agree with the model in {measured['tokens']:.2%} of tokens only")
+    made = replace(made, agreement=measured | facts)
+    made.write(path)
+    return made
+
+
+def _quantized(written: folder.Written, path: Path, requests: Sequence[Any]) -> tuple[GraphFile, dict[str, Any]]:
+    """Replace the step's graph by its int8 form, chosen by what its products give on these requests."""
+    description, graph, step = written.description, written.step, path / "step.onnx"
+    seen = agreement.record(open_folder(path), requests)
+    errors = quantize.sensitivity(description, graph, step, [seen[0], seen[len(seen) // 2]])
+    graph.nodes = quantize.quantize(graph, errors)
+    # Removed first: what still maps the old file keeps it.
+    for old in (step, files.sidecar(step)):
+        old.unlink(missing_ok=True)
+    files.write(graph, step)
+    told = written.manifest.graphs["step"]
+    data = File.of(path, "step.onnx.data") if files.sidecar(step).exists() else None
+    left = sorted(name for name, error in errors.items() if error > quantize.LIMIT)
+    facts = {"int8_products": len(errors) - len(left), "float32_products": left}
+    worst = max((error for name, error in errors.items() if name not in left), default=0.0)
+    return replace(told, file=File.of(path, "step.onnx"), data=data), facts | {"largest_product_error": round(worst, 5)}

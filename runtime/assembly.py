@@ -1,0 +1,63 @@
+"""Pipelines from a model's folder, or from networks that are there already: what `load` does when torch computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from . import hub
+from .adapters.bank import Bank
+from .adapters.canonical import NAME
+from .adapters.library import Library
+from .core import StylemuseError
+from .folder import Networks, read_model, weights_sha256
+from .kernels.dispatch import REFERENCE, Kernels
+from .machine import Machine, choose, choose_kernels
+from .pipeline import Pipeline
+from .reference import Reference
+
+
+def load_model(
+    name: str,
+    *,
+    backend: str,
+    device: str | None,
+    dtype: str | None,
+    variant: str | None,
+    revision: str | None,
+    slots: int,
+    rank: int,
+) -> Pipeline:
+    """A pipeline for a model, with the styles that come with it; see ``pipeline.load``."""
+    machine = choose(device, dtype)
+    kernels, why = choose_kernels(backend, machine.device)
+    folder = hub.resolve(name, revision=revision, variant=variant)
+    networks = read_model(folder, variant)
+    fingerprint = partial(weights_sha256, folder / "transformer", variant)
+    pipeline = assemble(name, networks, machine, fingerprint, kernels, why=why, slots=slots, rank=rank)
+    library = pipeline.adapters
+    for style in networks.extra.get("styles", ()):
+        if not NAME.fullmatch(str(style)):
+            raise StylemuseError(f"model {name!r}: its style {str(style)[:80]!r} is not a name")
+        library.add(style, folder / "styles" / style)
+    return pipeline
+
+
+def assemble(
+    name: str,
+    networks: Networks,
+    machine: Machine,
+    fingerprint: Callable[[], str],
+    kernels: Kernels = REFERENCE,
+    *,
+    why: str = "asked for",
+    slots: int = 64,
+    rank: int = 64,
+) -> Pipeline:
+    """A pipeline, without styles, of networks that are there already; ``fingerprint`` hashes the transformer."""
+    config = networks.transformer.config
+    sites = config.sites()
+    bank = Bank(sites, config.bottleneck_sites(), slots=slots, rank=rank, device=machine.device, dtype=machine.dtype)
+    library = Library(bank, sites, name, fingerprint)
+    network = Reference(networks, machine, bank, kernels)
+    return Pipeline(name, network, library, networks.extra, {"backend": why, **machine.why})
