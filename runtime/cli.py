@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .commands import adapters, bench, demo, doctor, generate, tune
+from .commands import adapters, bench, demo, doctor, export, generate, serve, tune
 from .commands.output import one_line, say
 from .core import StylemuseError
 
@@ -31,6 +31,8 @@ app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("tune")(tune.tune)
 app.add_typer(adapters.app, name="adapters")
+app.command("export")(export.export)
+app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 app.command(
     "bench", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
