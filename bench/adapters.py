@@ -22,7 +22,7 @@ from stylemuse.machine import DTYPES
 
 from . import measure, steps
 from .arguments import Arguments, count
-from .networks import MODELS, pipeline, random_adapter, style_name
+from .networks import MODELS, change_to, pipeline, random_adapter, style_name
 
 REGISTERED = (1, 16, 64, 256)
 MANY_SWAPS = 1000
@@ -74,7 +74,6 @@ def memory(pipe: Pipeline, number: int) -> dict[str, Any]:
 @contextmanager
 def _changes(pipe: Pipeline) -> Iterator[dict[str, Callable[[], Any]]]:
     """Ways to change the first style, by where the new one comes from; two take turns, so that each is a change."""
-    bank = pipe.adapters.bank
     pair = [random_adapter(pipe, style_name(0), rank=steps.RANK, seed=1000 + index) for index in range(2)]
     names, held = cycle(pipe.adapters.names), cycle(pair)
     with tempfile.TemporaryDirectory(prefix="stylemuse-bench-") as folder:
@@ -82,7 +81,7 @@ def _changes(pipe: Pipeline) -> Iterator[dict[str, Callable[[], Any]]]:
             canonical.save(adapter, Path(folder) / str(index))
         files = cycle(Path(folder) / str(index) for index in range(2))
         yield {
-            "resident": lambda: bank.release(bank.acquire(next(names))),
+            "resident": lambda: change_to(pipe, next(names)),
             "host memory": lambda: pipe.adapters.add(style_name(0), next(held), swap=True),
             "disk": lambda: pipe.adapters.add(style_name(0), next(files), swap=True),
         }

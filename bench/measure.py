@@ -32,6 +32,8 @@ import torch
 SCHEMA = 1
 KINDS = ("load", "first_image", "step", "call", "adapter_swap", "serve")
 _PACKAGES = ("stylemuse", "torch", "triton", "onnxruntime-gpu", "diffusers", "transformers", "peft")
+_CACHE_BYTES = 256 << 20
+"""More than the last-level cache of any GPU."""
 _REQUIRED: Mapping[str, type | tuple[type, ...]] = {
     "schema": int,
     "command": str,
@@ -87,19 +89,51 @@ def interleaved(
     return found
 
 
-def roofs(device: torch.device, dtypes: Sequence[torch.dtype], *, side: int = 2048, repeats: int = 5) -> dict[str, Any]:
-    """What this machine reaches: FLOP/s of one large matrix product per number format, bytes/s of one large copy.
+def on_device(
+    variants: Mapping[str, Callable[[], Any]], *, repeats: int, device: torch.device, warm: int = 3
+) -> dict[str, list[float]]:
+    """Seconds of each variant, in turns; on a GPU the device's own, the inputs not in its cache.
 
-    The best of the repeats: a roof is what was possible once.
+    A large write before each run pushes the inputs out of the cache and keeps the GPU busy while the host prepares the
+    launch, so that what lies between the two events is the variant alone.
+    """
+    if device.type != "cuda":
+        return {name: found["wall"] for name, found in interleaved(variants, repeats=repeats, warm=warm).items()}
+    flushed = torch.empty(_CACHE_BYTES, dtype=torch.uint8, device=device)
+    names, seconds = list(variants), {name: list[float]() for name in variants}
+    for turn in range(warm + repeats):
+        for name in names if turn % 2 == 0 else reversed(names):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flushed.zero_()
+            begin.record()
+            variants[name]()
+            end.record()
+            torch.cuda.synchronize(device)
+            if turn >= warm:
+                seconds[name].append(begin.elapsed_time(end) / 1e3)
+    return seconds
+
+
+def roofs(
+    device: torch.device, dtypes: Sequence[torch.dtype], *, sides: Sequence[int] = (), repeats: int = 5
+) -> dict[str, Any]:
+    """What this machine reaches: FLOP/s of large matrix products per number format, bytes/s of one large copy.
+
+    Products of several sizes, the second matrix as it is and transposed, as weights lie: on a CPU that decides more
+    than the size. The best of all repeats: a roof is what was possible once.
     """
     rates: dict[str, Any] = {}
+    sides = sides or ((4096, 8192) if device.type == "cuda" else (1024, 2048, 4096))
     for dtype in dtypes:
-        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        rates[f"{short(dtype)}_flops"] = 2 * side**3 / _best(partial(torch.mm, a, b), device, repeats)
+        reached = []
+        for side in sides:
+            a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+            reached += [2 * side**3 / _best(partial(torch.mm, a, each), device, repeats) for each in (b, b.T)]
+        rates[f"{short(dtype)}_flops"] = max(reached)
     source = torch.empty(1 << 26, device=device)
     target = torch.empty_like(source)
     rates["bytes"] = 2 * source.nbytes / _best(lambda: target.copy_(source), device, repeats)
-    return rates | {"matrix_side": side, "copied_bytes": source.nbytes}
+    return rates | {"matrix_sides": list(sides), "copied_bytes": source.nbytes}
 
 
 def _best(run: Callable[[], Any], device: torch.device, repeats: int) -> float:

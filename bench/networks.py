@@ -16,14 +16,14 @@ from torch import nn
 
 from stylemuse import Pipeline
 from stylemuse.adapters.canonical import Adapter
+from stylemuse.assembly import assemble
 from stylemuse.folder import Networks, read_model, write_model
 from stylemuse.hub import resolve
-from stylemuse.machine import choose
+from stylemuse.machine import choose, choose_kernels
 from stylemuse.models.amused import Amused, AmusedConfig
 from stylemuse.models.text import ClipText, ClipTextConfig
 from stylemuse.models.tokenizer import build_word_tokenizer
 from stylemuse.models.vq import VQ, VQConfig
-from stylemuse.pipeline import assemble
 from stylemuse.tuning.looks import vocabulary
 from stylemuse.tuning.style import PROJECTIONS
 
@@ -40,7 +40,14 @@ TEXT: Mapping[str, Any] = {
 }  # fmt: skip
 """CLIP ViT-L/14's text tower."""
 
+TINY = AmusedConfig(
+    hidden_size=64, cond_embed_dim=32, micro_cond_encode_dim=8, micro_cond_embed_dim=40, encoder_hidden_size=32,
+    vocab_size=70, codebook_size=64, in_channels=32, block_out_channels=32, num_res_blocks=1, block_num_heads=2,
+    num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, sample_size=4,
+)  # fmt: skip
+
 MODELS = ("demo", *SIZES)
+BACKENDS = ("auto", "reference", "triton")
 
 
 def randomize(module: nn.Module, seed: int) -> None:
@@ -63,11 +70,23 @@ def pipeline(
     seed: int = 0,
     slots: int = 64,
     rank: int = 64,
+    backend: str = "auto",
 ) -> Pipeline:
     """A pipeline without styles: "demo", or a published size with random weights."""
     machine = choose(device, dtype)
-    made = read_model(resolve(model)) if model == "demo" else random_networks(AmusedConfig(**SIZES[model]), seed=seed)
-    return assemble(model, made, machine, lambda: model, slots=slots, rank=rank)
+    kernels, why = choose_kernels(backend, machine.device)
+    made = read_model(resolve(model)) if model == "demo" else _random(model, seed)
+    return assemble(model, made, machine, lambda: model, kernels, why=why, slots=slots, rank=rank)
+
+
+def _random(model: str, seed: int) -> Networks:
+    """A published size, or "tiny", which is for showing that something runs."""
+    if model != "tiny":
+        return random_networks(AmusedConfig(**SIZES[model]), seed=seed)
+    vq = VQConfig((8, 12), 1, latent_channels=6, num_vq_embeddings=TINY.codebook_size, norm_num_groups=4)
+    text = {**TEXT, "vocab_size": 1000, "hidden_size": TINY.encoder_hidden_size, "intermediate_size": 16}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": TINY.cond_embed_dim}
+    return random_networks(TINY, vq=vq, text=text, seed=seed)
 
 
 def random_networks(
@@ -90,7 +109,7 @@ def write_folder(model: str, *, seed: int = 0) -> Iterator[Path]:
     if model == "demo":
         yield resolve(model)
         return
-    made = random_networks(AmusedConfig(**SIZES[model]), seed=seed)
+    made = _random(model, seed)
     with tempfile.TemporaryDirectory(prefix="stylemuse-bench-") as name:
         folder = Path(name)
         build_word_tokenizer(vocabulary(), folder / "tokenizer", made.text.config.max_position_embeddings)
@@ -102,6 +121,13 @@ def write_folder(model: str, *, seed: int = 0) -> Iterator[Path]:
 def style_name(index: int) -> str:
     """The name of a random style."""
     return f"random-{index}"
+
+
+def change_to(pipe: Pipeline, name: str) -> None:
+    """What it costs a request to name another resident style: its version pinned, its slot taken, both given back."""
+    version = pipe.adapters.pin(name)
+    pipe.adapters.release(pipe.adapters.acquire(version))
+    pipe.adapters.unpin(version)
 
 
 def random_adapter(pipe: Pipeline, name: str, *, rank: int = 16, seed: int = 0) -> Adapter:

@@ -32,12 +32,13 @@ from stylemuse.machine import DTYPES, choose
 
 from . import measure, rivals
 from .arguments import Arguments, count
-from .networks import MODELS, random_adapter, style_name, write_folder
+from .networks import MODELS, change_to, random_adapter, style_name, write_folder
 
 RANK = 16
 SCALE = 2.0
 SWAPS = 20
 COMES_WITH = 8
+OURS = "stylemuse"
 
 Drawn = dict[str, list[float]]
 """Seconds of a picture, or of the pictures of a batch: "step" of each step after the first, "total" of the call."""
@@ -73,8 +74,8 @@ class Job:
     ) -> Contestant:
         """With its name: who draws, in which number format, with how many adapters."""
         adapters = "none" if not styles else "one" if len(styles) == 1 else "many"
-        facts = {"who": who, "model": self.model, "device": str(self.device), "dtype": measure.short(dtype)}
-        facts |= {"steps": self.steps, "adapters": adapters}
+        facts: dict[str, Any] = {"who": who, "model": self.model, "device": str(self.device)}
+        facts |= {"dtype": measure.short(dtype), "steps": self.steps, "adapters": adapters}
         name = f"{who}, {facts['dtype']}" + {"none": "", "one": ", one adapter", "many": ", an adapter each"}[adapters]
         return Contestant(name, facts, draw)
 
@@ -92,7 +93,9 @@ class Job:
             timings = results[0].timings
             return {"step": list(timings["step"][1:]), "total": [timings["total"]]}
 
-        return self.contestant("stylemuse", pipe.network.dtype, draw, styles)
+        dtype, name = pipe.network.dtype, pipe.network.name
+        who = OURS if name in ("reference", "triton") else f"{OURS} with ONNX Runtime"
+        return self.contestant(who, DTYPES[dtype] if isinstance(dtype, str) else dtype, draw, styles)
 
     def diffusers(self, who: str, pipe: Any, dtype: torch.dtype, styles: Sequence[str] = ()) -> Contestant:
         """diffusers' pipeline; a step ends where it calls back."""
@@ -173,7 +176,7 @@ def _named(pipe: Any, plain: Any, loras: Any, styles: Sequence[str]) -> Callable
 
 @contextmanager
 def onnx(job: Job) -> Iterator[list[Contestant]]:
-    """The plain export, fp32 and int8, beside ours in fp32; on the CPU."""
+    """The plain export, fp32 and int8, beside ours in fp32, in torch and in ONNX Runtime; on the CPU."""
     if job.device.type != "cpu":
         raise sm.StylemuseError("the onnx peers run on the CPU here; leave onnx out with --only")
     pipe = rivals.load(job.folder, job.device, torch.float32)
@@ -181,10 +184,13 @@ def onnx(job: Job) -> Iterator[list[Contestant]]:
         whole, small = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
         rivals.export_onnx(pipe, whole, rows=2 * job.batch)
         rivals.quantize_onnx(whole, small)
-        found = [job.stylemuse(job.ours(torch.float32))]
+        pipe.transformer = None  # its memory is for the sessions
+        gc.collect()
+        graphs = sm.load(str(job.folder), backend="onnx", slots=job.batch + COMES_WITH, rank=RANK)
+        found = [job.stylemuse(job.ours(torch.float32)), job.stylemuse(graphs)]
         for name, path in (("ONNX Runtime, plain export", whole), ("ONNX Runtime, plain export in int8", small)):
             around = rivals.load(job.folder, job.device, torch.float32)
-            around.transformer = rivals.Transformer(pipe.transformer, rivals.onnx_answer(path))
+            around.transformer = rivals.Transformer(around.transformer, rivals.onnx_answer(path))
             found.append(job.diffusers(name, around, torch.float32))
         yield found
 
@@ -210,11 +216,11 @@ def run(job: Job, contestants: Sequence[Contestant], repeats: int, numbers: Iter
         row |= {"total": measure.series(one["total"][0] for one in taken)}
         rows.append(row | {"cpu": measure.series(clock[each.name]["cpu"])})
     for row in rows:
-        if row["who"] == "stylemuse":
+        if row["who"].startswith(OURS):
             row["times_as_long"] = {
                 other["name"]: other["step"]["p50"] / row["step"]["p50"]
                 for other in rows
-                if other["who"] != "stylemuse" and other["adapters"] == row["adapters"]
+                if not other["who"].startswith(OURS) and other["adapters"] == row["adapters"]
             }
     return rows
 
@@ -223,13 +229,12 @@ def switching(job: Job) -> list[dict[str, Any]]:
     """Changing the style of the next picture: a slot of ours, ``set_adapter`` of PEFT; all are loaded."""
     dtype = choose(job.device).dtype
     pipe, styles = _with_styles(job, dtype)
-    bank = pipe.adapters.bank
     loras = rivals.with_loras(
         rivals.load(job.folder, job.device, dtype).transformer, [pipe.adapters[style] for style in styles]
     )
     names = (styles[index % len(styles)] for index in counting(1))
     changes = {
-        "stylemuse, resident": lambda: bank.release(bank.acquire(next(names))),
+        "stylemuse, resident": lambda: change_to(pipe, next(names)),
         "peft set_adapter": lambda: loras.set_adapter(next(names)),
     }
     clock = measure.interleaved(changes, repeats=SWAPS, device=job.device)

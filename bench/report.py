@@ -91,8 +91,8 @@ def _compared(name: str, document: Mapping[str, Any], other: str, against: Mappi
     found = comparison.compare(document, against)
     rows = []
     for row in found:
-        name = html.escape(f"{row['kind']}: {row['name']}, {row['part']}")
-        rows.append([name, _ms(row["then"]), _ms(row["now"]), f"{row['ratio']:.3f}", row["verdict"]])
+        what = html.escape(f"{row['kind']}: {row['name']}, {row['part']}")
+        rows.append([what, _ms(row["then"]), _ms(row["now"]), f"{row['ratio']:.3f}", row["verdict"]])
     alone = comparison.only_in_one(document, against)
     note = f"<p>Only in one of them: {html.escape('; '.join(alone))}.</p>" if alone else ""
     title = html.escape(f"{name} against {other}")

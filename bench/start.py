@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         clock = measure.interleaved(chosen, repeats=options.repeats, on_run=measure.progress)
     machine = choose()
     facts = {"model": "demo", "device": str(machine.device), "dtype": measure.short(machine.dtype)}
-    rows = {name: {"name": f"demo, {name}", **facts, "wall": measure.series(clock[name]["wall"])} for name in clock}
+    rows: dict[str, dict[str, Any]] = {
+        name: {"name": f"demo, {name}", **facts, "wall": measure.series(clock[name]["wall"])} for name in clock
+    }
     for row in rows.values():
         print(f"{row['name']:32}{row['wall']['p50']:8.2f} s, {row['wall']['p20']:.2f} to {row['wall']['p80']:.2f}")
     document: dict[str, Any] = measure.document(

@@ -26,7 +26,7 @@ from stylemuse.machine import DTYPES
 
 from . import cost, measure
 from .arguments import Arguments, count
-from .networks import MODELS, pipeline, random_adapter, style_name
+from .networks import BACKENDS, MODELS, pipeline, random_adapter, style_name
 
 PARTS = ("transformer", "head", "sampling", "remask")
 """Of a step."""
@@ -83,7 +83,8 @@ def run(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of steps and rows of calls, one of each per variant."""
     for index in range(max((v.batch for v in chosen if v.adapters == "many"), default=1)):
-        pipe.adapters.add(style_name(index), random_adapter(pipe, style_name(index), rank=RANK, seed=index))
+        if style_name(index) not in pipe.adapters:
+            pipe.adapters.add(style_name(index), random_adapter(pipe, style_name(index), rank=RANK, seed=index))
     timings: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in chosen}
     numbers = counting()
 
@@ -188,6 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", nargs="+", type=count, default=[1, 8], help="pictures drawn at once")
     parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, default=list(ADAPTERS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="chosen by the machine if left out")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="ONNX Runtime's is in bench peers")
     parser.add_argument("--steps", type=count, default=12, help="decoding steps of a picture, at least 2")
     parser.add_argument("--repeats", type=count, default=5, help="pictures per variant")
     parser.common()
@@ -202,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rates: dict[str, Any] = {}
     device = torch.device("cpu")
     for model, dtype in product(options.models, options.dtypes or [None]):
-        pipe = pipeline(model, device=options.device, dtype=dtype, seed=options.seed)
+        pipe = pipeline(model, device=options.device, dtype=dtype, seed=options.seed, backend=options.backend)
         device = pipe.network.device
         rates |= measure.roofs(device, [pipe.network.dtype])
         show_paper(pipe, chosen, options.steps, rates)

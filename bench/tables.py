@@ -13,6 +13,7 @@ from typing import Any
 
 import stylemuse as sm
 
+from . import targets
 from .arguments import Arguments
 from .report import read
 
@@ -59,12 +60,22 @@ def peers(results: Path) -> str:
         if not path.exists():
             continue
         found = read(path)["step"]
-        ours = [row for row in found if row["who"] == "stylemuse"]
+        ours = [row for row in found if row["who"].startswith("stylemuse")]
         for row in found:
-            if row["who"] != "stylemuse":
-                ratios = {own["dtype"]: own["times_as_long"].get(row["name"]) for own in ours}
-                rows.append([row["name"], str(row["batch"]), *(_times(ratios.get(each)) for each in _DTYPES)])
-    return table(["peer", "pictures", *(f"to ours in {dtype}" for dtype in _DTYPES)], rows)
+            if row not in ours:
+                ratios = {own["name"]: own["times_as_long"].get(row["name"]) for own in ours}
+                rows.append([row["name"], *(_times(ratios.get(each)) for each in _OURS)])
+    return table(["peer", *_OURS.values()], rows)
+
+
+def aims(results: Path) -> str:
+    """What was aimed at on a CPU, and what came of it."""
+    documents = [read(path) for path in sorted(results.glob(f"*-{MACHINE}.json"))]
+    rows = [
+        [row["what"], f"{row['side']} {row['bound']}", row["text"] + ("" if row["met"] is not False else " (missed)")]
+        for row in targets.reached(targets.CPU, documents)
+    ]
+    return table(["", "aim", "measured"], rows)
 
 
 def adapters(results: Path) -> str:
@@ -75,8 +86,12 @@ def adapters(results: Path) -> str:
     return table(["", ""], rows)
 
 
-_DTYPES = ("float32", "bfloat16")
-TABLES: Mapping[str, Callable[[Path], str]] = {"parity": parity, "peers": peers, "adapters": adapters}
+_OURS = {
+    "stylemuse, float32": "to ours in fp32",
+    "stylemuse, bfloat16": "to ours in bf16",
+    "stylemuse with ONNX Runtime, float32": "to ours in ONNX Runtime, fp32",
+}
+TABLES: Mapping[str, Callable[[Path], str]] = {"parity": parity, "aims": aims, "peers": peers, "adapters": adapters}
 
 
 def rendered(text: str, results: Path = RESULTS) -> str:
@@ -110,7 +125,7 @@ def _error(value: float) -> str:
 
 
 def _times(value: Any) -> str:
-    return "" if value is None else f"{value:.2f} times as long"
+    return "" if value is None else f"{value:.2f}"
 
 
 def _span(seconds: float) -> str:

@@ -35,7 +35,7 @@ def test_variants_take_turns() -> None:
 
 
 def test_roofs_are_rates() -> None:
-    found = measure.roofs(CPU, [torch.float32], side=64, repeats=2)
+    found = measure.roofs(CPU, [torch.float32], sides=(64,), repeats=2)
     assert found["float32_flops"] > 0
     assert found["bytes"] > 0
 

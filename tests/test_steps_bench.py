@@ -12,11 +12,11 @@ from command_line import Run
 from peers import TINY
 
 import stylemuse as sm
+from stylemuse.assembly import assemble
 from stylemuse.bench import measure, networks, steps
 from stylemuse.machine import choose
 from stylemuse.models.amused import AmusedConfig
 from stylemuse.models.vq import VQConfig
-from stylemuse.pipeline import assemble
 
 TEXT = networks.TEXT | {"vocab_size": 900, "hidden_size": TINY["encoder_hidden_size"], "num_attention_heads": 2}
 TEXT |= {"intermediate_size": 16, "num_hidden_layers": 2, "projection_dim": TINY["cond_embed_dim"]}
@@ -24,7 +24,7 @@ TEXT |= {"intermediate_size": 16, "num_hidden_layers": 2, "projection_dim": TINY
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    def pipeline(model: str, *, device: str | None, dtype: str | None, seed: int) -> sm.Pipeline:
+    def pipeline(model: str, *, device: str | None, dtype: str | None, seed: int, backend: str) -> sm.Pipeline:
         config = AmusedConfig.from_dict(TINY | {"sample_size": 8})
         vq = VQConfig((8, 12), 1, latent_channels=6, num_vq_embeddings=config.codebook_size, norm_num_groups=4)
         made = networks.random_networks(config, vq=vq, text=TEXT, seed=seed)

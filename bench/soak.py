@@ -1,0 +1,207 @@
+"""``stylemuse bench soak``: a server under mixed load for minutes; nothing lost, duplicated or hung, memory flat.
+
+Clients send one request after another to ``stylemuse serve`` in a process of its own: the base and every style, one in
+five given up when its answer has begun, one in twenty malformed. Every second a style is uploaded, drawn with, and the
+one before it unloaded. At the end the server's own counts must agree with the clients'.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import torch
+
+from stylemuse.adapters.formats import pack
+from stylemuse.machine import DTYPES
+
+from . import client, measure
+from .arguments import Arguments, count
+from .networks import pipeline, random_adapter
+
+CANCELLED, MALFORMED = 0.20, 0.05
+MALFORMED_BODIES = (
+    b"", b"{", b"[]", b'{"prompt": ""}', b'{"prompt": "a fox", "n": 0}', b'{"prompt": "a fox", "n": 1e9}', b"\xff\xfe",
+    b'{"prompt": "a fox", "style": "../../secret"}', b'{"prompt": "\\ud800"}', b'{"prompt": "a fox", "colour": 1}',
+)  # fmt: skip
+WARM = 0.2
+"""The share of the time whose memory does not count."""
+
+
+class Soak:
+    """One run's clients, their counts, and the samples of the server's memory."""
+
+    def __init__(self, server: client.Process, styles: Sequence[str], decoding: int, seed: int) -> None:
+        self.server, self.styles, self.decoding, self.seed = server, list(styles), decoding, seed
+        self.outcomes: Counter[str] = Counter()
+        self.problems: list[str] = []
+        self.latencies: list[float] = []
+        self.memory: list[tuple[float, int]] = []
+        self.swaps = 0
+        self._ended, self._lock = threading.Event(), threading.Lock()
+
+    def run(self, seconds: float, clients: int, uploads: Sequence[bytes]) -> None:
+        """Everything at once for so long; returns when every request has ended."""
+        threads = [threading.Thread(target=self._client, args=(index,)) for index in range(clients)]
+        threads += [threading.Thread(target=self._swap, args=(uploads,)), threading.Thread(target=self._watch)]
+        for thread in threads:
+            thread.start()
+        self._ended.wait(seconds)
+        self._ended.set()
+        for thread in threads:
+            thread.join()
+
+    def _client(self, index: int) -> None:
+        choice, number = random.Random(f"{self.seed} {index}"), 0
+        while not self._ended.is_set():
+            seed, number = index * 10**9 + number, number + 1
+            draw = choice.random()
+            kind = "malformed" if draw < MALFORMED else "cancelled" if draw < MALFORMED + CANCELLED else "drawn"
+            body = choice.choice(MALFORMED_BODIES) if kind == "malformed" else self._body(choice, seed, kind)
+            began = time.perf_counter()
+            try:
+                answer = client.send(
+                    self.server.url, "POST", client.GENERATIONS, body, timeout=120, leave=kind == "cancelled"
+                )
+                if answer.status == 400 and b"adapter 'soak-" in answer.body and b"is unknown" in answer.body:
+                    kind = "gone"  # its style was unloaded meanwhile
+                problem = self._judge(kind, answer, seed)
+            except OSError as error:
+                problem = f"{kind}: no answer: {error!r}"
+            with self._lock:
+                self.outcomes[kind] += 1
+                if kind == "drawn":
+                    self.latencies.append(time.perf_counter() - began)
+                if problem:
+                    self.problems.append(problem)
+
+    def _body(self, choice: random.Random, seed: int, kind: str) -> bytes:
+        facts: dict[str, Any] = {"prompt": choice.choice(("a fox", "a castle", "a car")), "seed": seed}
+        facts["num_inference_steps"] = self.decoding
+        if style := choice.choice([None, *self.styles, *([f"soak-{self.swaps - 1}"] if self.swaps else [])]):
+            facts["style"] = style
+        if kind == "cancelled":
+            facts |= {"stream": True, "partial_images": 3}
+        return json.dumps(facts).encode()
+
+    @staticmethod
+    def _judge(kind: str, answer: client.Answer, seed: int) -> str | None:
+        """What is wrong with an answer, if anything is."""
+        if kind == "malformed":
+            return None if 400 <= answer.status < 500 else f"malformed: answered {answer.status}"
+        if kind == "gone":
+            return None
+        if answer.status != 200:
+            return f"{kind}: answered {answer.status} {answer.body[:200]!r}"
+        if kind == "drawn":
+            seeds = [picture["seed"] for picture in answer.document["data"]]
+            return None if seeds == [seed] else f"drawn: pictures of seeds {seeds} for {seed}"
+        return None
+
+    def _swap(self, uploads: Sequence[bytes]) -> None:
+        """A style comes and one goes, every second."""
+        while not self._ended.wait(1.0):
+            name, old = f"soak-{self.swaps}", f"soak-{self.swaps - 1}"
+            data, token = uploads[self.swaps % len(uploads)], self.server.token
+            answers = [client.send(self.server.admin, "PUT", f"/v1/adapters/{quote(name)}", data, token=token)]
+            if self.swaps:
+                body = json.dumps({"lora_name": old}).encode()
+                answers.append(client.send(self.server.admin, "POST", "/v1/unload_lora_adapter", body, token=token))
+            self.swaps += 1
+            wrong = [answer.body[:200] for answer in answers if answer.status != 200]
+            with self._lock:
+                self.problems += [f"administration: {body!r}" for body in wrong]
+
+    def _watch(self) -> None:
+        began, page, facts = time.perf_counter(), os.sysconf("SC_PAGE_SIZE"), Path(f"/proc/{self.server.pid}/statm")
+        while facts.exists() and not self._ended.wait(1.0):
+            pages = facts.read_text(encoding="ascii").split()[1]
+            self.memory.append((time.perf_counter() - began, int(pages) * page))
+
+    def report(self, seconds: float) -> dict[str, Any]:
+        """The row of the document, the server's counts compared."""
+        counts = self._counts()
+        sent = self.outcomes["drawn"] + self.outcomes["cancelled"]
+        ended = sum(counts["ended"].values())
+        if ended != sent or counts["accepted"]:
+            self.problems.append(f"{sent} requests were sent, {ended} ended, {counts['accepted']} are still in")
+        row: dict[str, Any] = {"name": f"soak, {seconds / 60:g} minutes", "scenario": "soak", "run_seconds": seconds}
+        row |= {"requests": sum(self.outcomes.values()), "outcomes": dict(self.outcomes), "swaps": self.swaps}
+        row |= {
+            "rate": sum(self.outcomes.values()) / seconds,
+            "problems": self.problems[:100],
+            "server": counts["ended"],
+        }
+        row |= {"problem_count": len(self.problems), "memory": self._memory()}
+        if not self.latencies:
+            return row | {"skipped": "no request was answered"}
+        p95, p99 = (float(value) for value in np.percentile(self.latencies, (95, 99)))
+        return row | {"latency": measure.series(self.latencies), "latency_tail": {"p95": p95, "p99": p99}}
+
+    def _counts(self) -> dict[str, Any]:
+        """What the server says, once it has nothing left to do."""
+        for _ in range(100):
+            text = client.send(self.server.url, "GET", "/metrics").body.decode()
+            accepted = float(re.findall(r"^stylemuse_requests_accepted (\S+)$", text, re.MULTILINE)[0])
+            if not accepted:
+                break
+            time.sleep(0.1)
+        found = re.findall(r'^stylemuse_request_seconds_count\{outcome="(\w+)"\} (\S+)$', text, re.MULTILINE)
+        return {"accepted": accepted, "ended": {outcome: int(float(value)) for outcome, value in found}}
+
+    def _memory(self) -> Mapping[str, Any]:
+        """Bytes of the server after the warm-up and at the end, medians over a tenth of the time."""
+        if len(self.memory) < 10:
+            return {"grown": None}
+        last = self.memory[-1][0]
+        spans = ((WARM * last, (WARM + 0.1) * last), (0.9 * last, last))
+        before, after = (float(np.median([b for at, b in self.memory if low <= at <= high])) for low, high in spans)
+        return {"bytes_before": before, "bytes_after": after, "grown": after / before - 1.0}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run, print what was found, and on the last line all of it as one JSON document."""
+    parser = Arguments(prog="stylemuse bench soak", description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--clients", type=count, default=8)
+    parser.add_argument("--steps", type=count, default=12)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="also write the document here")
+    options = parser.parse_args(arguments)
+    if options.minutes <= 0:
+        parser.error("--minutes is above 0")
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    pipe = pipeline("demo", dtype="float32")
+    uploads = [pack(random_adapter(pipe, "soak", rank=4, seed=seed), "diffusers") for seed in range(5)]
+    chosen = ["--model", options.model, *(["--dtype", options.dtype] if options.dtype else [])]
+    with (
+        tempfile.TemporaryDirectory(prefix="stylemuse-soak-") as state,
+        client.server([*chosen, "--state", state]) as at,
+    ):
+        models = client.send(at.url, "GET", "/v1/models").document["data"]
+        soak = Soak(at, [model["id"] for model in models if model["parent"]], options.steps, options.seed)
+        soak.run(options.minutes * 60, options.clients, [next(iter(files.values())) for files in uploads])
+        row = soak.report(options.minutes * 60)
+    for name in ("requests", "outcomes", "server", "swaps", "rate", "memory", "problem_count"):
+        print(f"{name:14} {row[name]}")
+    for problem in row["problems"][:10]:
+        print(f"problem        {problem}")
+    command = " ".join(["stylemuse bench soak", *given])
+    document = measure.document(command, options.seed, torch.device("cpu"), {}, serve=[row])
+    if options.out is not None:
+        options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(document))
