@@ -37,15 +37,19 @@ def _bars(found: Rows, label: str, part: Callable[[Mapping[str, Any]], Mapping[s
     middles = [each["p50"] * 1e3 for each in series]
     below, above = ([abs(each["p50"] - each[end]) * 1e3 for each in series] for end in ("p20", "p80"))
     colours = [COLOURS[0] if _ours(row) else COLOURS[5] for row in found]
-    axes.barh([_label(row) for row in found], middles, xerr=[below, above], color=colours, capsize=3)
-    axes.invert_yaxis()
-    axes.set_xlabel(label)
+    axes.barh(range(len(found)), middles, xerr=[below, above], color=colours, capsize=3)
+    _name_rows(axes, found, label)
     if log:
         axes.set_xscale("log")
     else:
         axes.set_xlim(left=0)
         for place, middle in enumerate(middles):
-            axes.annotate(f" {middle:.3g}", (middle + above[place], place), va="center", fontsize=8)
+            axes.annotate(
+                f" {middle:,.0f}" if middle >= 100 else f" {middle:.3g}",
+                (middle + above[place], place),
+                va="center",
+                fontsize=8,
+            )
     return figure
 
 
@@ -61,40 +65,35 @@ def breakdown(documents: Documents) -> Any:
     if not found:
         return None
     figure, axes = _figure(1.2 + 0.3 * len(found))
-    labels, left = [_label(row) for row in found], [0.0] * len(found)
+    left = [0.0] * len(found)
     for part, colour in zip(PARTS, COLOURS, strict=False):
         shares = [row[part]["p50"] / row["step"]["p50"] for row in found]
-        axes.barh(labels, shares, left=left, label=part, color=colour)
+        axes.barh(range(len(found)), shares, left=left, label=part, color=colour)
         left = [start + share for start, share in zip(left, shares, strict=True)]
-    axes.invert_yaxis()
-    axes.set_xlabel("share of a step")
+    _name_rows(axes, found, "share of a step")
     axes.legend(ncols=len(PARTS), loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     return figure
 
 
 def floor(documents: Documents) -> Any:
     """How near a step comes to what the machine's rates allow."""
-    found = rows(documents, "step", "share_of_floor")
-    if not found:
-        return None
-    figure, axes = _figure(0.9 + 0.3 * len(found))
-    axes.barh([_label(row) for row in found], [row["share_of_floor"] for row in found], color=COLOURS[2])
-    axes.axvline(1, color="black", linewidth=1)
-    axes.invert_yaxis()
-    axes.set_xlabel("floor / measured step (1 is the roof of this machine)")
-    return figure
+    return _ratios(documents, "share_of_floor", "floor / measured step (1 is the roof of this machine)", COLOURS[2])
 
 
 def overhead(documents: Documents) -> Any:
     """What adapters cost in a batch."""
-    found = rows(documents, "step", "to_base")
+    return _ratios(documents, "to_base", "step / step of the same batch on the base", COLOURS[1])
+
+
+def _ratios(documents: Documents, field: str, label: str, colour: str) -> Any:
+    """A ratio of each step, and a line at 1."""
+    found = rows(documents, "step", field)
     if not found:
         return None
     figure, axes = _figure(0.9 + 0.3 * len(found))
-    axes.barh([_label(row) for row in found], [row["to_base"] for row in found], color=COLOURS[1])
+    axes.barh(range(len(found)), [row[field] for row in found], color=colour)
     axes.axvline(1, color="black", linewidth=1)
-    axes.invert_yaxis()
-    axes.set_xlabel("step / step of the same batch on the base")
+    _name_rows(axes, found, label)
     return figure
 
 
@@ -123,10 +122,18 @@ def drawn(documents: Documents) -> Iterator[tuple[str, str, Any]]:
             yield name, (plot.__doc__ or name).rstrip("."), figure
 
 
+def _name_rows(axes: Any, found: Rows, label: str) -> None:
+    """The first row on top. By place, not by name: rows of two runs may have one name."""
+    axes.set_yticks(range(len(found)), [_label(row) for row in found])
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+
+
 def _ours(row: Mapping[str, Any]) -> bool:
-    return bool(row.get("who", "stylemuse") == "stylemuse")
+    return str(row.get("who", "stylemuse")).startswith("stylemuse")
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    dtype = row.get("dtype", "")
-    return f"{row['name']}, {dtype}" if dtype and dtype not in row["name"] else str(row["name"])
+    dtype, group = row.get("dtype", ""), row.get("group")
+    name = f"{row['name']}, {dtype}" if dtype and dtype not in row["name"] else str(row["name"])
+    return f"{name} [{group}]" if group else name

@@ -57,6 +57,12 @@ def test_every_plot_is_a_picture_or_nothing() -> None:
     assert one == again
 
 
+def test_rows_of_one_name_stand_apart() -> None:
+    axes = plots.peers([document(), document(0.3)]).axes[0]
+    assert len({bar.get_y() for bar in axes.patches}) == len(axes.patches) == 2
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["diffusers, float32"] * 2
+
+
 def test_differences_beyond_the_spread() -> None:
     rows = comparison.compare(document(0.4), document(0.2))
     verdicts = {row["name"]: row["verdict"] for row in rows if row["part"] == "step"}
