@@ -28,7 +28,19 @@ MAY_IMPORT = {
     "models": {"core", "kernels", "models"},
     "adapters": {"core", "kernels", "adapters"},
     "decoding": {"core", "kernels", "decoding"},
-    "engine": {"core", "kernels", "models", "adapters", "decoding", "reference", "jobs", "pipeline", "engine"},
+    "arrays": set[str](),
+    "engine": {
+        "core",
+        "arrays",
+        "kernels",
+        "models",
+        "adapters",
+        "decoding",
+        "reference",
+        "jobs",
+        "pipeline",
+        "engine",
+    },
 }
 """What of ours the inner rooms may import; the outer ones (pipeline, tuning, export, ...) may import all but bench."""
 
