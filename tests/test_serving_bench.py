@@ -89,4 +89,5 @@ def test_a_short_soak(run: Run) -> None:
     (row,) = document["serve"]
     assert row["problems"] == []
     assert row["swaps"] >= 5
-    assert set(row["outcomes"]) == {"drawn", "cancelled", "malformed"}
+    # "gone": its style was unloaded between the client's choice and the request; whether that happens is chance.
+    assert set(row["outcomes"]) - {"gone"} == {"drawn", "cancelled", "malformed"}
