@@ -20,7 +20,7 @@ def job(tiny_model: Path) -> peers.Job:
     return peers.Job(tiny_model, "tiny", torch.device("cpu"), [torch.float32], steps=3, batch=2)
 
 
-@pytest.mark.parametrize("group", ["diffusers", "peft", "onnx"])
+@pytest.mark.parametrize("group", ["diffusers", pytest.param("compiled", marks=pytest.mark.slow), "peft", "onnx"])
 def test_everyone_draws_every_step(job: peers.Job, group: str) -> None:
     with peers.GROUPS[group](job) as contestants:
         rows = peers.run(job, contestants, 2, iter(range(1000)))
