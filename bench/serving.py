@@ -1,215 +1,168 @@
-"""``stylemuse bench serve``: an engine, or a server, under load, in MLPerf's scenarios.
+"""``stylemuse bench serve``: an engine and a server under load, and what sharing a batch costs there.
 
-SingleStream  closed loop, one request at a time: latency (MLPerf looks at the 90th percentile)
-Offline       everything at once: throughput, which is the capacity
-Server        open loop, Poisson arrivals at multiples of the capacity, whether or not answers keep up: latency, how
-              many are done within the bound (goodput), and how soon the others are refused
+engine   in this process: MLPerf's scenarios (`load`), rounds of requests in many styles, changes of style (`sharing`)
+server   the same by HTTP on ``stylemuse serve`` in a process of its own, or on one that runs (--url)
+law      what "same request, same bytes" costs (`law`)
 
-A request draws one picture, on the base and in each style in turn.
+The Server scenario follows with as many places as the capacity can serve within the latency bound; more are refused.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
-from stylemuse import Engine, Pipeline, QueueFullError, Request, Sampling
+from stylemuse import Engine, Pipeline, StylemuseError
+from stylemuse.adapters.canonical import Adapter
+from stylemuse.adapters.formats import pack
 from stylemuse.machine import DTYPES
 
-from . import client, measure, steps
+from . import client, law, load, measure, sharing, steps
 from .arguments import Arguments, count
-from .networks import MODELS, pipeline, random_adapter
+from .networks import MODELS, pipeline, random_adapter, style_name, write_folder
 
+PARTS = ("engine", "server", "law")
 LOADS = (0.5, 0.8, 1.0, 2.0, 10.0)
 """Arrival rates of the Server scenario, as multiples of the capacity."""
-BOUND = 4.0
-"""The latency bound, as a multiple of the median of a request alone."""
-
-Draw = Callable[[int], Coroutine[Any, Any, str]]
-"""Sends request number i and waits for its end: "done", "refused" or "failed"."""
+CHANGES = 200
+"""Changes of style that are timed."""
 
 
-def on_engine(engine: Engine, styles: Sequence[str | None], decoding: int, seed: int) -> Draw:
-    """Requests to an engine in this process."""
-
-    async def draw(index: int) -> str:
-        request = Request(
-            "a fox", style=styles[index % len(styles)], seed=seed + index, sampling=Sampling(steps=decoding)
-        )
-        try:
-            ticket = await asyncio.to_thread(engine.submit, request)
-            await ticket
-        except QueueFullError:
-            return "refused"
-        return "done"
-
-    return draw
+Opened = Callable[[int], AbstractContextManager[sharing.Draws]]
+"""Something that answers, which accepts so many requests at once."""
 
 
-def on_server(url: str, styles: Sequence[str | None], decoding: int, seed: int, token: str | None) -> Draw:
-    """Requests to a server; each has a thread while it is under way."""
-    threads = ThreadPoolExecutor(2048)
-
-    def send(index: int) -> str:
-        body: dict[str, Any] = {"prompt": "a fox", "seed": seed + index, "num_inference_steps": decoding}
-        if style := styles[index % len(styles)]:
-            body["style"] = style
-        try:
-            answer = client.send(url, "POST", client.GENERATIONS, json.dumps(body).encode(), token=token, timeout=600)
-        except OSError:
-            return "failed"
-        return "done" if answer.status == 200 else "refused" if answer.status in (429, 503) else "failed"
-
-    async def draw(index: int) -> str:
-        return await asyncio.get_running_loop().run_in_executor(threads, send, index)
-
-    return draw
+def loaded(opened: Opened, styles: Sequence[str], options: Any, where: str) -> list[dict[str, Any]]:
+    """All scenarios and rounds; their names begin with ``where``."""
+    with opened(options.clients) as draws:
+        draw = draws([None, *styles])
+        rows, rate, bound = asyncio.run(load.capacity(draw, options.requests, options.clients, options.bound))
+        rows += sharing.rounds(draws, styles, repeats=options.repeats)
+    places = options.max_requests or load.places(rate, bound)
+    with opened(places) as draws:
+        draw = draws([None, *styles])
+        rows += asyncio.run(load.overload(draw, options.requests, rate, bound, loads=options.loads, seed=options.seed))
+    return [each | {"name": f"{where}: {each['name']}", "where": where, "places": places} for each in rows]
 
 
-async def closed(draw: Draw, requests: int, clients: int) -> tuple[list[tuple[str, float]], float]:
-    """So many clients, each with one request at a time: outcome and latency of every request, and all seconds."""
-    ends: list[tuple[str, float]] = []
-    indices = iter(range(requests))
-
-    async def run() -> None:
-        ends.extend([await _timed(draw, index) for index in indices])
-
-    began = time.perf_counter()
-    await asyncio.gather(*(run() for _ in range(clients)))
-    return ends, time.perf_counter() - began
+@contextmanager
+def _engine(pipe: Pipeline, options: Any, places: int) -> Iterator[sharing.Draws]:
+    with Engine(pipe, max_rows=options.max_rows, max_requests=places) as engine:
+        yield lambda styles: load.on_engine(engine, styles, options.steps, options.seed)
 
 
-async def opened(draw: Draw, requests: int, rate: float, seed: int) -> tuple[list[tuple[str, float]], float]:
-    """Poisson arrivals at so many a second; a latency counts from when the request should have been sent."""
-    gaps = np.random.default_rng(seed).exponential(1.0 / rate, requests)
-    began = time.perf_counter()
-
-    async def arrive(index: int, at: float) -> tuple[str, float]:
-        await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
-        outcome = await draw(index)
-        return outcome, time.perf_counter() - began - at
-
-    ends = await asyncio.gather(*(arrive(index, float(at)) for index, at in enumerate(np.cumsum(gaps))))
-    return list(ends), time.perf_counter() - began
-
-
-async def _timed(draw: Draw, index: int) -> tuple[str, float]:
-    began = time.perf_counter()
-    outcome = await draw(index)
-    return outcome, time.perf_counter() - began
+@contextmanager
+def _server(folder: Path, adapters: Sequence[Adapter], options: Any, places: int) -> Iterator[sharing.Draws]:
+    """A server of the folder's model with these styles."""
+    arguments = ["--model", folder, "--max-requests", places, "--max-rows", options.max_rows]
+    arguments += ["--dtype", options.dtype] if options.dtype else []
+    arguments += ["--device", options.device] if options.device else []
+    with client.server([str(each) for each in arguments]) as at:
+        for adapter in adapters:
+            (data,) = pack(adapter, "diffusers").values()
+            path = f"/v1/adapters/{adapter.name}"
+            answer = client.send(at.admin, "PUT", path, data, token=at.token)
+            if answer.status != 200:
+                raise StylemuseError(f"{path}: answered {answer.status}")
+        yield lambda styles: load.on_server(at.url, styles, options.steps, options.seed, None)
 
 
-def row(
-    scenario: str, ends: Sequence[tuple[str, float]], seconds: float, bound: float | None, **facts: Any
-) -> dict[str, Any]:
-    """What a scenario gave; goodput counts requests done within the bound, per second."""
-    outcomes = Counter(outcome for outcome, _ in ends)
-    made: dict[str, Any] = {"name": facts.pop("name", scenario), "scenario": scenario, **facts}
-    made |= {"requests": len(ends), "outcomes": dict(outcomes), "seconds": seconds, "bound": bound}
-    for outcome, name in (("done", "latency"), ("refused", "refusal")):
-        if values := [latency for ended, latency in ends if ended == outcome]:
-            p90, p95, p99 = (float(value) for value in np.percentile(values, (90, 95, 99)))
-            made[name] = measure.series(values)
-            made[f"{name}_tail"] = {"p90": p90, "p95": p95, "p99": p99}
-    made["throughput"] = outcomes["done"] / seconds
-    within = sum(outcome == "done" and (bound is None or latency <= bound) for outcome, latency in ends)
-    made["goodput"] = within / seconds
-    if not (outcomes["done"] or outcomes["refused"]):
-        made["skipped"] = "no request was answered"
-    return made
+def _known(url: str, token: str | None) -> list[str]:
+    """The styles of a running server."""
+    models = client.send(url, "GET", "/v1/models", token=token).document["data"]
+    return [model["id"] for model in models if model["parent"]]
 
 
-async def scenarios(
-    draw: Draw, requests: int, *, loads: Sequence[float], bound: float | None, seed: int, most: int
-) -> list[dict[str, Any]]:
-    """All three, the Server scenario at each load; ``most`` are sent at once in Offline."""
-    await closed(draw, 2, 1)  # warm
-    ends, seconds = await closed(draw, max(4, requests // 8), 1)
-    bound = bound if bound is not None else BOUND * float(np.median([latency for _, latency in ends]))
-    rows = [row("SingleStream", ends, seconds, bound)]
-    ends, seconds = await closed(draw, requests, most)
-    rows.append(row("Offline", ends, seconds, None))
-    capacity = rows[-1]["throughput"]
-    for load in loads if capacity else ():
-        number = max(requests, round(requests * load))
-        ends, seconds = await opened(draw, number, load * capacity, seed)
-        rows.append(
-            row("Server", ends, seconds, bound, name=f"Server, {load:g} x capacity", load=load, rate=load * capacity)
-        )
-    peak = max((each["goodput"] for each in rows if each["scenario"] == "Server"), default=0.0)
-    return [
-        each | ({"to_peak": each["goodput"] / peak} if each["scenario"] == "Server" and peak else {}) for each in rows
-    ]
+def measured(options: Any) -> tuple[Pipeline, dict[str, list[dict[str, Any]]]]:
+    """The rows by kind, of all parts that are asked for."""
+    names = [style_name(index) for index in range(options.styles)]
+    pipe = pipeline(options.model, device=options.device, dtype=options.dtype, slots=len(names) + 1, rank=steps.RANK)
+    adapters = [random_adapter(pipe, name, rank=steps.RANK, seed=index) for index, name in enumerate(names)]
+    for adapter in adapters:
+        pipe.adapters.add(adapter.name, adapter)
+    served: list[dict[str, Any]] = []
+    changed: list[dict[str, Any]] = []
+    if "engine" in options.parts:
+        served += loaded(partial(_engine, pipe, options), names, options, "engine")
+        with _engine(pipe, options, options.clients) as draws:
+            changed.append(sharing.changes(pipe, draws([None, *names]), names, repeats=CHANGES))
+    if "server" in options.parts:
+        with write_folder(options.model) as folder:
+            served += loaded(partial(_server, folder, adapters, options), names, options, "server")
+    if "law" in options.parts:
+        served += law.rows(pipe, names[0], batch=options.styles, decoding=options.steps, repeats=options.repeats)
+    return pipe, {"serve": served, "adapter_swap": changed}
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    """The table."""
+    """The tables: of the scenarios, and of all that has a ratio."""
     heads = ("done", "refused", "p50 ms", "p99 ms", "per s", "goodput", "refusal p99 ms")
-    print(f"{'scenario':28}" + "".join(f"{head:>16}" for head in heads))
+    print(f"{'':36}" + "".join(f"{head:>16}" for head in heads))
     for each in rows:
-        outcomes, latency, refusal = each["outcomes"], each.get("latency"), each.get("refusal_tail")
-        tail = each["latency_tail"]["p99"] * 1e3 if latency else float("nan")
-        middle = latency["p50"] * 1e3 if latency else float("nan")
-        refused = f"{refusal['p99'] * 1e3:16.2f}" if refusal else f"{'-':>16}"
-        numbers = f"{middle:16.1f}{tail:16.1f}{each['throughput']:16.2f}{each['goodput']:16.2f}"
-        print(f"{each['name']:28}{outcomes.get('done', 0):16}{outcomes.get('refused', 0):16}{numbers}{refused}")
+        if "outcomes" in each and "skipped" not in each:
+            outcomes, latency, refusal = each["outcomes"], each.get("latency"), each.get("refusal_tail")
+            tail = each["latency_tail"]["p99"] * 1e3 if latency else float("nan")
+            middle = latency["p50"] * 1e3 if latency else float("nan")
+            refused = f"{refusal['p99'] * 1e3:16.2f}" if refusal else f"{'-':>16}"
+            numbers = f"{middle:16.1f}{tail:16.1f}{each['throughput']:16.2f}{each['goodput']:16.2f}"
+            print(f"{each['name']:36}{outcomes.get('done', 0):16}{outcomes.get('refused', 0):16}{numbers}{refused}")
+    for each in rows:
+        ratio = next((each[name] for name in ("to_base", "to_free") if name in each), None)
+        times = next((each[name] for name in ("wall", "kept", "step") if name in each), None)
+        if times is not None:
+            shown = "" if ratio is None else f"{ratio:9.3f} x"
+            print(f"{each['name']:60}{times['p50'] * 1e3:12.4f} ms{shown}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print the table, and on the last line all of it as one JSON document."""
+    """Measure, print the tables, and on the last line all of it as one JSON document."""
     parser = Arguments(prog="stylemuse bench serve", description=__doc__.partition("\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--model", choices=MODELS, default="demo")
-    parser.add_argument("--url", help="a running server in place of an engine in this process")
-    parser.add_argument("--token", help="the server's bearer token")
-    parser.add_argument("--requests", type=count, default=64, help="per scenario, and more where arrivals are faster")
-    parser.add_argument("--styles", type=count, default=8, help="random styles beside the base; of a server its own")
+    parser.add_argument("--url", help="a running server, with its own styles, in place of all parts")
+    parser.add_argument("--token", help="its bearer token")
+    parser.add_argument("--requests", type=count, default=96, help="per scenario, and more where arrivals are faster")
+    parser.add_argument("--clients", type=count, default=64, help="at the same time, for the capacity")
+    parser.add_argument(
+        "--styles", type=count, default=8, help="random styles beside the base, and requests of a round"
+    )
     parser.add_argument("--steps", type=count, default=12)
     parser.add_argument("--loads", type=float, nargs="*", default=list(LOADS), help="multiples of the capacity")
     parser.add_argument("--bound", type=float, help="seconds; 4 times the median of a request alone if left out")
+    parser.add_argument("--repeats", type=count, default=7, help="of each round")
     parser.add_argument("--max-rows", type=count, default=32)
-    parser.add_argument("--max-requests", type=count, default=64)
-    parser.add_argument("--device")
+    parser.add_argument("--max-requests", type=count, help="as many as are done within the bound if left out")
     parser.add_argument("--dtype", choices=DTYPES)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="also write the document here")
+    parser.common()
     options = parser.parse_args(arguments)
-    if any(load <= 0 for load in options.loads) or (options.bound is not None and options.bound <= 0):
+    if any(each <= 0 for each in options.loads) or (options.bound is not None and options.bound <= 0):
         parser.error("--loads and --bound are above 0")
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    pipe = pipeline(
-        "demo" if options.url else options.model, device=options.device, dtype=options.dtype, slots=options.styles + 1
-    )
-    run = {"loads": options.loads, "bound": options.bound, "seed": options.seed, "most": options.max_requests}
+    if options.token and not options.url:
+        parser.error("--token has no effect without --url")
     if options.url:
-        models = client.send(options.url, "GET", "/v1/models", token=options.token).document["data"]
-        styles = [None, *(model["id"] for model in models if model["parent"])]
-        draw = on_server(options.url, styles, options.steps, options.seed, options.token)
-        rows = asyncio.run(scenarios(draw, options.requests, **run))
+        device, kinds = torch.device("cpu"), {"serve": _of_a_running_one(options)}
     else:
-        rows = _of_an_engine(pipe, options, run)
-    show(rows)
-    facts = {"model": options.url or options.model, "steps": options.steps}
-    facts |= {"max_rows": options.max_rows, "max_requests": options.max_requests, "device": str(pipe.network.device)}
-    command = " ".join(["stylemuse bench serve", *given])
-    document = measure.document(command, options.seed, pipe.network.device, {}, serve=[each | facts for each in rows])
-    if options.out is not None:
-        options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(document))
+        pipe, kinds = measured(options)
+        device = pipe.network.device
+    facts = {"model": options.url or options.model, "steps": options.steps, "max_rows": options.max_rows}
+    kinds = {kind: [facts | {"device": str(device)} | row for row in rows] for kind, rows in kinds.items() if rows}
+    show([row for rows in kinds.values() for row in rows])
+    measure.publish(measure.document(parser.command, options.seed, device, {}, **kinds), options.out)
 
 
-def _of_an_engine(pipe: Pipeline, options: Any, run: dict[str, Any]) -> list[dict[str, Any]]:
-    names = [f"random-{index}" for index in range(options.styles)]
-    for index, name in enumerate(names):
-        pipe.adapters.add(name, random_adapter(pipe, name, rank=steps.RANK, seed=index))
-    with Engine(pipe, max_rows=options.max_rows, max_requests=options.max_requests) as engine:
-        draw = on_engine(engine, [None, *names], options.steps, options.seed)
-        return asyncio.run(scenarios(draw, options.requests, **run))
+def _of_a_running_one(options: Any) -> list[dict[str, Any]]:
+    """Its places are its own."""
+    styles = _known(options.url, options.token)[: options.styles]
+    if not styles:
+        raise StylemuseError(f"{options.url} has no styles, which the rounds need")
+
+    def draws(chosen: Sequence[str | None]) -> load.Draw:
+        return load.on_server(options.url, chosen, options.steps, options.seed, options.token)
+
+    return loaded(lambda _: nullcontext(draws), styles, options, "server")

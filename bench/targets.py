@@ -1,6 +1,7 @@
 """What was aimed at, and what was measured of it: a ratio or a time for each target, from documents.
 
-C are those of a CPU, P those of a GPU (`bench gpu`). Values are medians; where several rows count, the worst does.
+C are those of a CPU, P those of a GPU (`bench gpu`), S those of an engine and a server. Values are medians unless a row
+says otherwise; where several rows count, the worst does.
 """
 
 from __future__ import annotations
@@ -128,6 +129,17 @@ def _first_image(documents: Documents) -> float | None:
     return _worst((row["wall"]["p50"] for row in rows(documents, "first_image")), False)
 
 
+def _serve(field: str, at_least: bool, **facts: Any) -> Callable[[Documents], float | None]:
+    """The worst of a field, or of a field of a field ("refusal_tail.p99")."""
+
+    def value(documents: Documents) -> float | None:
+        first, _, inner = field.partition(".")
+        found = [row[first] for row in rows(documents, "serve", **facts) if row.get(first) is not None]
+        return _worst((each[inner] if inner else each for each in found), at_least)
+
+    return value
+
+
 _MINE, _COMPILED = {"dtype": "bfloat16", "adapters": "none", "batch": 1}, "diffusers with torch.compile, bfloat16"
 
 CPU = (
@@ -148,9 +160,50 @@ CPU = (
     Target(
         "C4", "batch of 8 in 8 styles, to the base", 1.05, " x", False, _to_base("many", batch=8, model="amused-256")
     ),
+    Target(
+        "C4",
+        "8 requests in 8 styles on a server, to the base",
+        1.05,
+        " x",
+        False,
+        _serve("to_base", False, scenario="round", where="server", requests=8, styles=8),
+    ),
     Target("C6", "change to a resident style", 1e-3, "s", False, _swap("resident")),
+    Target("C6", "change to a resident style while an engine draws", 1e-3, "s", False, _swap("resident, under load")),
     Target("C7", "head, guidance, draw, re-masking in a step", 0.04, "%", False, _sampling_share("cpu")),
     Target("C8", "prompt to picture, process start included", 8.0, "s", False, _first_image),
+    Target(
+        "S1",
+        "goodput of a server at 10 times its capacity, to the peak",
+        0.9,
+        "%",
+        True,
+        _serve("to_peak", True, scenario="Server", where="server", load=10.0),
+    ),
+    Target(
+        "S2",
+        "a refusal then, 99th percentile",
+        10e-3,
+        "s",
+        False,
+        _serve("refusal_tail.p99", False, scenario="Server", where="server", load=10.0),
+    ),
+    Target(
+        "S3",
+        "what same request, same bytes costs",
+        1.15,
+        " x",
+        False,
+        _serve("to_free", False, scenario="law", part="whole"),
+    ),
+    Target(
+        "S4",
+        "growth of a server's memory in a soak",
+        0.01,
+        "%",
+        False,
+        _serve("memory.grown", False, scenario="soak"),
+    ),
 )
 GPU = (
     Target("P1", "step, to diffusers", 10.0, " x", True, _times("stylemuse", "diffusers, bfloat16", **_MINE)),

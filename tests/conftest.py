@@ -9,16 +9,37 @@ import interpreter  # noqa: F401  (first: it decides how kernels are made)
 import pytest
 import torch
 from command_line import Ran, Run
+from drawing import load
+from gate import Gate
 from models import write_tiny_model
 
 import stylemuse
-from stylemuse import cli
+from stylemuse import Engine, Pipeline, cli
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny random model and its styles "ink" and "neon"; read it, never write into it."""
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def pipe(tiny_model: Path) -> Pipeline:
+    """The tiny model in fp32, a test's own."""
+    return load(tiny_model)
+
+
+@pytest.fixture
+def engine(pipe: Pipeline) -> Iterator[Engine]:
+    """An engine of eight rows on `pipe`."""
+    with Engine(pipe, max_rows=8) as made:
+        yield made
+
+
+@pytest.fixture
+def gate(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Gate:
+    """Holds the forward passes of `pipe`."""
+    return Gate(pipe, monkeypatch)
 
 
 @pytest.fixture

@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import stylemuse
-from stylemuse import Pipeline
+from stylemuse import Pipeline, Request
+
+FOX = Request("a fox", seed=7)
+"""What `draw` draws."""
 
 
 def load(folder: Path, **options: Any) -> Pipeline:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from drawing import draw, load, noise
+from drawing import FOX, draw, load, noise
 from gate import SOON, Gate, idle, settled
 from models import random_style
 
@@ -26,25 +26,6 @@ from stylemuse import (
     StylemuseError,
 )
 from stylemuse.adapters import canonical
-
-FOX = Request("a fox", seed=7)
-
-
-@pytest.fixture
-def pipe(tiny_model: Path) -> Pipeline:
-    return load(tiny_model)
-
-
-@pytest.fixture
-def engine(pipe: Pipeline) -> Iterator[Engine]:
-    with Engine(pipe, max_rows=8) as made:
-        yield made
-
-
-@pytest.fixture
-def gate(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Gate:
-    return Gate(pipe, monkeypatch)
-
 
 # Results.
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from drawing import draw, load
+from drawing import FOX, draw, load
 from gate import SOON, Gate, idle, settled
 from models import random_style
 
@@ -27,25 +26,6 @@ from stylemuse import (
     Ticket,
 )
 from stylemuse.adapters import canonical
-
-FOX = Request("a fox", seed=7)
-
-
-@pytest.fixture
-def pipe(tiny_model: Path) -> Pipeline:
-    return load(tiny_model)
-
-
-@pytest.fixture
-def engine(pipe: Pipeline) -> Iterator[Engine]:
-    with Engine(pipe, max_rows=8) as made:
-        yield made
-
-
-@pytest.fixture
-def gate(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Gate:
-    return Gate(pipe, monkeypatch)
-
 
 # Leaving.
 

@@ -11,37 +11,65 @@ import pytest
 from command_line import Run
 from live_server import ADMIN_TOKEN, serving
 
-from stylemuse.bench import client, measure, soak
-from stylemuse.bench import serving as bench
+from stylemuse.bench import client, load, measure, soak, targets
 
 
+@pytest.mark.slow
 def test_the_document(run: Run) -> None:
-    arguments = "--dtype float32 --requests 4 --steps 2 --styles 2 --loads 1 20 --max-requests 3 --bound 60"
-    ran = run("bench", "serve", *arguments.split())
+    """All parts, on the smallest numbers: the rows, and that each target that a server has is answered by one."""
+    options = "--dtype float32 --requests 4 --clients 4 --steps 2 --styles 2 --loads 1 20 --max-requests 3 --repeats 1"
+    ran = run("bench", "serve", *options.split(), "--bound", 60)
     assert ran.code == 0, ran.error
     document: dict[str, Any] = json.loads(ran.out.splitlines()[-1])
     measure.check(document)
-    rows = document["serve"]
-    assert [row["name"] for row in rows] == ["SingleStream", "Offline", "Server, 1 x capacity", "Server, 20 x capacity"]
-    assert [row["requests"] for row in rows] == [4, 4, 4, 80]
-    assert all(sum(row["outcomes"].values()) == row["requests"] for row in rows)
-    assert rows[-1]["outcomes"]["refused"] == len(rows[-1]["refusal"]["seconds"]) > 0
-    assert max(row["to_peak"] for row in rows[2:]) == 1.0
+    names = ["SingleStream", "Offline", *(f"2 requests at once {how}" for how in ("on the base", "in one style"))]
+    names += ["2 requests at once in 2 styles", "Server, 1 x capacity", "Server, 20 x capacity"]
+    rows = [row for row in document["serve"] if "where" in row]
+    assert [row["name"] for row in rows] == [f"{where}: {name}" for where in ("engine", "server") for name in names]
+    for where in ("engine", "server"):
+        mine = [row for row in rows if row["where"] == where and "outcomes" in row]
+        assert [row["requests"] for row in mine] == [4, 4, 4, 80]
+        assert all(sum(row["outcomes"].values()) == row["requests"] for row in mine)
+        assert mine[-1]["outcomes"]["refused"] == len(mine[-1]["refusal"]["seconds"]) > 0
+        assert max(row["to_peak"] for row in mine[2:]) == 1.0
+    law = [row["part"] for row in document["serve"] if row["scenario"] == "law"]
+    assert law == ["contexts", "products", "scores", "pixels", "whole"]
+    found = {target["what"]: target["value"] for target in targets.reached(targets.CPU, [document])}
+    assert found["change to a resident style while an engine draws"] > 0
+    assert found["what same request, same bytes costs"] > 0
 
 
-def test_a_server_is_measured_too(tiny_model: Path) -> None:
-    with serving(tiny_model) as live:
-        draw = bench.on_server(live.url, [None, "ink", "nope"], 2, 0, None)
-        ends, _ = asyncio.run(bench.closed(draw, 6, 2))
-    assert sorted(outcome for outcome, _ in ends) == ["done"] * 4 + ["failed"] * 2
+def test_a_server_is_measured_too(run: Run, tiny_model: Path) -> None:
+    with serving(tiny_model, max_requests=2) as live:
+        draw = load.on_server(live.url, [None, "ink", "nope"], 2, 0, None)
+        ends = asyncio.run(load.closed(draw, 6, 2))
+        assert sorted(end.outcome for end in ends) == ["done"] * 4 + ["failed"] * 2
+        options = "--requests 4 --clients 2 --steps 2 --styles 2 --loads 4 --bound 60 --repeats 1"
+        ran = run("bench", "serve", "--url", live.url, *options.split())
+    assert ran.code == 0, ran.error
+    rows = json.loads(ran.out.splitlines()[-1])["serve"]
+    assert [row["where"] for row in rows] == ["server"] * 6
 
 
 def test_goodput_counts_what_is_done_in_time() -> None:
-    ends = [("done", 0.1), ("done", 0.3), ("refused", 0.001), ("failed", 0.1)]
-    row = bench.row("Server", ends, 2.0, 0.2)
+    ends = [load.End("done", 0.1, 0.1, 1.0), load.End("done", 0.3, 0.3, 1.5), load.End("refused", 0.5, 0.001, 1.5)]
+    ends.append(load.End("failed", 0.1, 0.1, 2.0))
+    row = load.row("Offline", ends, 0.2)
     assert (row["throughput"], row["goodput"]) == (1.0, 0.5)
     assert row["outcomes"] == {"done": 2, "refused": 1, "failed": 1}
-    assert "skipped" in bench.row("Server", [("failed", 0.1)], 1.0, None)
+    assert row["refusal"]["seconds"] == [0.001]
+    assert "skipped" in load.row("Offline", [load.End("failed", 0.1, 0.1, 1.0)])
+
+
+def test_an_open_loop_counts_what_ends_between_filling_and_draining() -> None:
+    """Ten a second for ten seconds, each done a second later."""
+    ends = [load.End("done", 1.0, 1.0, at / 10 + 1.0) for at in range(101)]
+    row = load.row("Server", ends, 1.0)
+    assert (row["throughput"], row["goodput"]) == (pytest.approx(10.0, rel=0.02),) * 2
+
+
+def test_the_places_are_those_that_the_bound_allows() -> None:
+    assert (load.places(10.0, 4.0), load.places(0.1, 1.0)) == (20, 1)
 
 
 def test_open_loops_do_not_wait_for_answers() -> None:
@@ -58,7 +86,7 @@ def test_open_loops_do_not_wait_for_answers() -> None:
             await all_sent.wait()
             return "done"
 
-        ends, _ = await asyncio.wait_for(bench.opened(draw, 20, 1000.0, 0), 60)
+        ends = await asyncio.wait_for(load.opened(draw, 20, 1000.0, 0), 60)
         assert len(ends) == 20
 
     asyncio.run(run())

@@ -108,8 +108,7 @@ class Engine:
             raise StylemuseError(f"timeout {timeout!r} is not allowed: seconds above 0")
         if previews < 0:
             raise StylemuseError(f"previews = {previews!r} is not allowed: at least 0")
-        with self._changed:
-            self._admit()
+        self._admit()
         job = self.pipe.jobs.begin(request)
         try:
             work = self._work(job, priority, timeout, previews)
@@ -154,11 +153,18 @@ class Engine:
 
     # Accepting.
 
+    def refusal(self) -> ClosedError | QueueFullError | None:
+        """What `submit` would raise now for any request, however good; to turn clients away before reading theirs."""
+        with self._changed:
+            if self._closing or self._stopped:
+                return ClosedError("the engine is closed, or closing: it accepts no more requests")
+            if len(self._works) >= self.max_requests:
+                return QueueFullError(self.max_requests, self._retry_after())
+        return None
+
     def _admit(self) -> None:
-        if self._closing or self._stopped:
-            raise ClosedError("the engine is closed, or closing: it accepts no more requests")
-        if len(self._works) >= self.max_requests:
-            raise QueueFullError(self.max_requests, self._retry_after())
+        if error := self.refusal():
+            raise error
 
     def _retry_after(self) -> int:
         """Seconds until a request is likely to leave: the time for all of them, over their number."""

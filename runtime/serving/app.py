@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
-from fastapi import FastAPI
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi import APIRouter, Depends, FastAPI
+from fastapi.responses import HTMLResponse
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from .. import __version__
 from ..adapters.versions import Version
 from ..engine.engine import Engine
 from . import errors
 from .boundary import Boundary, Log
 from .errors import ApiError
-from .images import Images
+from .images import GENERATIONS, Images
 from .metrics import Metrics
+from .openapi import describe, failures, no_query
+from .schema import Model, Models
 from .settings import Settings
 
 OPEN = frozenset({"/", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
@@ -45,11 +50,14 @@ def create(
         ready: false while the server drains.
         log: gets a record per request.
     """
-    app = FastAPI(title="stylemuse", docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="stylemuse", version=__version__, docs_url=None, redoc_url=None, separate_input_output_schemas=False
+    )
     errors.install(app, engine.pipe.name, settings.model)
-    app.include_router(Images(engine, settings).router)
-    _Models(engine, settings).add_to(app)
+    app.include_router(Images(engine, settings).router, dependencies=[Depends(no_query)])
+    app.include_router(_Models(engine, settings).router, dependencies=[Depends(no_query)])
     _add_health(app, ready)
+    describe(app, OPEN, token=settings.token is not None)
     metrics.watch(engine)
     page = files("stylemuse.serving").joinpath("page.html").read_text(encoding="utf-8")
 
@@ -61,6 +69,10 @@ def create(
     async def index() -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY})
 
+    def busy() -> ApiError | None:
+        error = engine.refusal()
+        return None if error is None else errors.api_error(error, engine.pipe.name, settings.model)
+
     limits = settings.limits
     return Boundary(
         app,
@@ -70,23 +82,45 @@ def create(
         seconds=limits.body_seconds,
         log=log,
         on_answer=metrics.on_answer,
+        busy={GENERATIONS: busy},
     )
+
+
+class Live(BaseModel):
+    """The process answers."""
+
+    live: bool
+
+
+class Ready(BaseModel):
+    """Whether new requests are accepted."""
+
+    ready: bool
+
+
+async def live() -> Live:
+    """Always true, for whoever gets an answer."""
+    return Live(live=True)
 
 
 def _add_health(app: FastAPI, ready: Callable[[], bool]) -> None:
     """Kubernetes' names and the Open Inference Protocol's."""
 
-    async def live() -> dict[str, bool]:
-        return {"live": True}
+    async def readiness(response: Response) -> Ready:
+        """True until the server drains."""
+        found = Ready(ready=ready())
+        response.status_code = 200 if found.ready else 503
+        return found
 
-    async def readiness() -> Response:
-        is_ready = ready()
-        return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
-
+    draining: dict[int | str, dict[str, Any]] = {503: {"model": Ready, "description": "The server drains."}}
     for path in ("/livez", "/v2/health/live"):
         app.add_api_route(path, live, methods=["GET"])
     for path in ("/readyz", "/v2/health/ready"):
-        app.add_api_route(path, readiness, methods=["GET"])
+        app.add_api_route(path, readiness, methods=["GET"], responses=draining)
+
+
+class _Png(Response):
+    media_type = "image/png"
 
 
 class _Models:
@@ -94,18 +128,17 @@ class _Models:
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self._library, self._settings, self._created = engine.pipe.adapters, settings, int(time.time())
+        self.router, unknown = APIRouter(), failures(404)
+        add = partial(self.router.add_api_route, methods=["GET"])
+        add("/v1/models", self.all, response_model_exclude_unset=True)
+        add("/v1/models/{name}", self.one, response_model_exclude_unset=True, responses=unknown)
+        add("/v1/styles/{name}/reference.png", self.reference, response_class=_Png, responses=unknown)
 
-    def add_to(self, app: FastAPI) -> None:
-        """Their routes."""
-        app.add_api_route("/v1/models", self.all, methods=["GET"])
-        app.add_api_route("/v1/models/{name}", self.one, methods=["GET"])
-        app.add_api_route("/v1/styles/{name}/reference.png", self.reference, methods=["GET"], response_class=Response)
-
-    async def all(self) -> dict[str, Any]:
+    async def all(self) -> Models:
         """The base model, then its styles."""
-        return {"object": "list", "data": await run_in_threadpool(self._all)}
+        return Models(object="list", data=await run_in_threadpool(self._all))
 
-    async def one(self, name: str) -> dict[str, Any]:
+    async def one(self, name: str) -> Model:
         """One of them by its id."""
         if name == self._settings.model:
             return self._base()
@@ -116,9 +149,9 @@ class _Models:
         data = await run_in_threadpool(self._version(name).picture)
         if data is None:
             raise ApiError(404, "this style has no reference picture")
-        return Response(data, media_type="image/png", headers={"Cache-Control": "no-cache"})
+        return _Png(data, headers={"Cache-Control": "no-cache"})
 
-    def _all(self) -> list[dict[str, Any]]:
+    def _all(self) -> list[Model]:
         return [self._base(), *(self._style(version) for version in self._library.versions())]
 
     def _version(self, name: str) -> Version:
@@ -126,13 +159,21 @@ class _Models:
             raise ApiError(404, "there is no such model", param="model")
         return self._library.version(name)
 
-    def _base(self) -> dict[str, Any]:
+    def _base(self) -> Model:
         sizes = [f"{width}x{height}" for width, height in self._settings.sizes]
-        facts = {"id": self._settings.model, "object": "model", "created": self._created, "owned_by": "stylemuse"}
-        return facts | {"root": self._settings.model, "parent": None, "sizes": sizes}
+        return self._model(self._settings.model, root=self._settings.model, parent=None, sizes=sizes)
 
-    def _style(self, version: Version) -> dict[str, Any]:
-        facts = {"id": version.name, "object": "model", "created": self._created, "owned_by": "stylemuse"}
-        facts |= {"root": f"{version.name}@{version.sha256[:12]}", "parent": self._settings.model}
-        facts |= {"descriptor": version.descriptor, "licence": version.licence, "rank": version.rank}
-        return facts | {"recommended": dict(version.recommended), "reference": version.has_picture}
+    def _style(self, version: Version) -> Model:
+        return self._model(
+            version.name,
+            root=f"{version.name}@{version.sha256[:12]}",
+            parent=self._settings.model,
+            descriptor=version.descriptor,
+            licence=version.licence,
+            rank=version.rank,
+            recommended=dict(version.recommended),
+            reference=version.has_picture,
+        )
+
+    def _model(self, name: str, **facts: Any) -> Model:
+        return Model(id=name, object="model", created=self._created, owned_by="stylemuse", **facts)

@@ -12,6 +12,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -30,6 +31,8 @@ class Boundary:
         token: the bearer token; None asks for none. ``public`` are the paths that need none.
         body, seconds: bytes of a body and seconds until it must be there.
         log: gets one record per request. on_answer: method, route, status and seconds, for metrics.
+        busy: paths whose requests are refused, whatever they hold, while the function gives an error: a server with
+            more clients than it can serve must spend nothing on those that it turns away.
     """
 
     def __init__(
@@ -42,9 +45,10 @@ class Boundary:
         seconds: float,
         log: Log,
         on_answer: Callable[[str, str, int, float], None],
+        busy: Mapping[str, Callable[[], ApiError | None]] = MappingProxyType({}),
     ) -> None:
         self._app, self._token, self._public = app, token, public
-        self._body, self._seconds, self._log, self._on_answer = body, seconds, log, on_answer
+        self._body, self._seconds, self._log, self._on_answer, self._busy = body, seconds, log, on_answer, busy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -77,7 +81,8 @@ class Boundary:
             wrong = ApiError(500, "the server failed; the request id finds it in the log")
             await _send(answer, wrong, scope["request_id"], started=bool(status))
         finally:
-            seconds, route = time.monotonic() - began, getattr(scope.get("route"), "path", "other")
+            known = scope["path"] if scope["path"] in self._busy else "other"
+            seconds, route = time.monotonic() - began, getattr(scope.get("route"), "path", known)
             self._on_answer(scope["method"], route, status, seconds)
             record = {"request_id": scope["request_id"], "method": scope["method"], "path": scope["path"][:200]}
             record |= {"status": status, "seconds": round(seconds, 4)} | scope.get("facts", {})
@@ -94,6 +99,8 @@ class Boundary:
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._body:
             raise ApiError(413, f"the body has {length[:20]} bytes; at most {self._body} are allowed")
+        if scope["method"] == "POST" and (busy := self._busy.get(scope["path"])) and (error := busy()):
+            raise error
 
     def _bounded(self, receive: Receive) -> Receive:
         """receive() that refuses a body that is too large or too slow, with the one exception FastAPI lets through."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from ..core import StylemuseError
@@ -20,6 +21,25 @@ _STATUS: Mapping[type[Exception], int] = {
     DeadlineError: 504,
     FailedError: 500,
 }
+
+
+Kind = Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
+
+
+class ErrorFacts(BaseModel):
+    """What went wrong: one line, the field it is about, and the id that finds it in the log."""
+
+    message: str
+    type: Kind
+    param: str | None
+    code: None
+    request_id: str
+
+
+class ErrorAnswer(BaseModel):
+    """Every answer that is no success, in OpenAI's shape."""
+
+    error: ErrorFacts
 
 
 class ApiError(Exception):
@@ -37,13 +57,18 @@ class ApiError(Exception):
 
     def body(self, request_id: str) -> dict[str, Any]:
         """The JSON object."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        if self.status in (401, 403):
-            kind = "authentication_error"
-        elif self.status == 429:
-            kind = "rate_limit_error"
-        facts = {"message": self.message, "type": kind, "param": self.param, "code": None, "request_id": request_id}
-        return {"error": facts}
+        facts = ErrorFacts(
+            message=self.message, type=_kind(self.status), param=self.param, code=None, request_id=request_id
+        )
+        return ErrorAnswer(error=facts).model_dump()
+
+
+def _kind(status: int) -> Kind:
+    if status == 401:
+        return "authentication_error"
+    if status == 429:
+        return "rate_limit_error"
+    return "invalid_request_error" if status < 500 else "server_error"
 
 
 def api_error(error: Exception, model: str, name: str) -> ApiError:

@@ -20,8 +20,13 @@ from starlette.responses import Response
 from ..engine.engine import Engine
 from ..engine.ticket import Snapshot, Ticket
 from .errors import api_error, request_id
+from .openapi import failures
 from .schema import Facts, Generation, Picture, Pictures, TokenDetails, Usage, to_request
 from .settings import Settings
+
+GENERATIONS = "/v1/images/generations"
+_STREAM = {"text/event-stream": {"schema": {"type": "string", "description": "With stream: an event per picture."}}}
+_ANSWERS = failures(429, 499, 503, 504) | {200: {"content": _STREAM}}
 
 
 class Images:
@@ -34,11 +39,12 @@ class Images:
         self._steps = int(pipe.defaults.get("steps", 12))
         self.router = APIRouter()
         self.router.add_api_route(
-            "/v1/images/generations",
+            GENERATIONS,
             self.generate,
             methods=["POST"],
             response_model=Pictures,
             response_model_exclude_none=True,
+            responses=_ANSWERS,
         )
 
     async def generate(self, given: Generation, request: Request) -> Response | Pictures:

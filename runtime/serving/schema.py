@@ -112,6 +112,33 @@ class Pictures(BaseModel):
     usage: Usage
 
 
+class Model(BaseModel):
+    """What can be drawn with: the base model, whose ``parent`` is null, or a style of it.
+
+    ``root`` is the version a style's name stands for now. Only the base has ``sizes``; a style has the rest.
+    """
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    sizes: list[str] | None = None
+    descriptor: str | None = None
+    licence: str | None = None
+    rank: int | None = None
+    recommended: dict[str, str | int | float] | None = None
+    reference: Annotated[bool | None, Field(description="Whether it has a reference picture.")] = None
+
+
+class Models(BaseModel):
+    """The base model, then its styles by name."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
 Facts = Mapping[str, str | int | float]
 
 
