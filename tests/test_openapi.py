@@ -1,7 +1,7 @@
 """Schemathesis against what the server says of itself: no 5xx, no hang, every answer is one that is described.
 
-Both applications: values that the description allows and that it does not, every boundary, sequences of requests,
-methods that are not there, requests without the token.
+Both applications: values that the description allows and that it does not, every boundary, methods that are
+not there, requests without the token.
 """
 
 from __future__ import annotations
@@ -42,14 +42,24 @@ def test_answers_are_those_that_are_described(live: Live, app: str, tmp_path: Pa
     """All its checks but one: a request that fits the description may be refused.
 
     A style nobody knows, a size or a number above this server's limits, two fields that exclude each other: no
-    description says that.
+    description says that. A request that asks for a deadline may come to it, which is a 504; there is no other 5xx.
     """
     url, token = (live.url, TOKEN) if app == "public" else (live.admin, ADMIN_TOKEN)
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json"]
     command += ["--header", f"Authorization: Bearer {token}", "--exclude-checks", "positive_data_acceptance"]
-    command += ["--max-examples", "20", "--request-timeout", str(SOON), "--continue-on-failure", "--no-color"]
-    command += ["--generation-deterministic", "--no-shrink", "--warnings", "off"]
+    command += [
+        "--phases",
+        "coverage,fuzzing",
+        "--max-examples",
+        "8",
+        "--request-timeout",
+        str(SOON),
+        "--continue-on-failure",
+        "--no-color",
+    ]
+    command += ["--generation-deterministic", "--no-shrink", "--warnings", "off", "--workers", "2"]
+    allowed = '[checks.not_a_server_error]\nexpected-statuses = ["2xx", "3xx", "4xx", "504"]\n'
+    (tmp_path / "schemathesis.toml").write_text(allowed)
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    failed = [record["path"] for record in live.records if record["status"] >= 500]
-    assert not failed
+    assert {record["status"] for record in live.records if record["status"] >= 500} <= {504}

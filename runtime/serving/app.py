@@ -24,7 +24,7 @@ from .errors import ApiError
 from .images import GENERATIONS, Images
 from .metrics import Metrics
 from .openapi import describe, failures, no_query
-from .schema import Model, Models
+from .schema import Model, Models, PictureEvent
 from .settings import Settings
 
 OPEN = frozenset({"/", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
@@ -57,7 +57,7 @@ def create(
     app.include_router(Images(engine, settings).router, dependencies=[Depends(no_query)])
     app.include_router(_Models(engine, settings).router, dependencies=[Depends(no_query)])
     _add_health(app, ready)
-    describe(app, OPEN, token=settings.token is not None)
+    describe(app, OPEN, token=settings.token is not None, models=(PictureEvent,))
     metrics.watch(engine)
     page = files("stylemuse.serving").joinpath("page.html").read_text(encoding="utf-8")
 

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
@@ -20,13 +20,12 @@ from starlette.responses import Response
 from ..engine.engine import Engine
 from ..engine.ticket import Snapshot, Ticket
 from .errors import api_error, request_id
-from .openapi import failures
-from .schema import Facts, Generation, Picture, Pictures, TokenDetails, Usage, to_request
+from .openapi import event_stream, failures
+from .schema import Facts, Generation, Picture, PictureEvent, Pictures, TokenDetails, Usage, to_request
 from .settings import Settings
 
 GENERATIONS = "/v1/images/generations"
-_STREAM = {"text/event-stream": {"schema": {"type": "string", "description": "With stream: an event per picture."}}}
-_ANSWERS = failures(429, 499, 503, 504) | {200: {"content": _STREAM}}
+_ANSWERS = failures(429, 499, 503, 504) | {200: {"content": event_stream(PictureEvent)}}
 
 
 class Images:
@@ -104,8 +103,8 @@ class _Drawing:
                 result = await self._ticket
                 tokens = result.tokens[0].size
                 for index, (image, seed) in enumerate(zip(result.images, result.seeds, strict=True)):
-                    facts = {"index": index, "seed": seed, "usage": self._usage(tokens).model_dump()}
-                    yield await self._event("completed", image, facts)
+                    facts = {"index": index, "seed": seed, "usage": self._usage(tokens)}
+                    yield await self._event("image_generation.completed", image, facts)
         except Exception as error:
             found = api_error(error, self._pipe.name, self._settings.model)
             if found.status == 500:
@@ -117,20 +116,23 @@ class _Drawing:
     async def _partial(self, snapshot: Snapshot, count: int) -> str:
         image = await run_in_threadpool(snapshot.image)
         facts = {"index": snapshot.picture, "step": snapshot.step, "steps": snapshot.steps}
-        return await self._event("partial_image", image, facts | {"partial_image_index": count})
+        return await self._event("image_generation.partial_image", image, facts | {"partial_image_index": count})
 
-    async def _event(self, kind: str, image: Image.Image, facts: dict[str, Any]) -> str:
-        name = f"image_generation.{kind}"
-        body = {
-            "type": name,
-            "b64_json": await self._encoded(image),
-            "created_at": self._created,
-            "background": "opaque",
-            "output_format": self._given.output_format,
-            "quality": "auto",
-            "size": f"{image.width}x{image.height}",
-        }
-        return f"event: {name}\ndata: {json.dumps(body | facts)}\n\n"
+    async def _event(
+        self,
+        kind: Literal["image_generation.partial_image", "image_generation.completed"],
+        image: Image.Image,
+        facts: dict[str, Any],
+    ) -> str:
+        event = PictureEvent(
+            type=kind,
+            b64_json=await self._encoded(image),
+            created_at=self._created,
+            output_format=self._given.output_format,
+            size=f"{image.width}x{image.height}",
+            **facts,
+        )
+        return f"event: {kind}\ndata: {event.model_dump_json(exclude_none=True)}\n\n"
 
     async def _encoded(self, image: Image.Image) -> str:
         def encode() -> str:

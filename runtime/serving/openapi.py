@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastapi import FastAPI, Request
+from pydantic import BaseModel
 
 from .errors import ApiError, ErrorAnswer
 
@@ -35,30 +36,44 @@ def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: _failure(status) for status in statuses}
 
 
+def event_stream(data: type[BaseModel]) -> dict[str, Any]:
+    """The content of an answer whose events hold this as JSON, or at last an error; `describe` must know the model."""
+    either = {"oneOf": [{"$ref": _REFERENCE.format(model=model.__name__)} for model in (data, ErrorAnswer)]}
+    text = {"type": "string", "contentMediaType": "application/json", "contentSchema": either}
+    event = {"type": "object", "required": ["event", "data"], "properties": {"event": {"type": "string"}, "data": text}}
+    return {"text/event-stream": {"schema": event}}
+
+
 async def no_query(request: Request) -> None:
     """A dependency of routes without query parameters: one that has no effect is refused."""
     if name := next(iter(request.query_params), None):
         raise ApiError(400, f"query parameter {name[:80]!a} is unknown; none is allowed", param="query")
 
 
-def describe(app: FastAPI, public: frozenset[str], *, token: bool) -> None:
-    """Complete the application's schema. With ``token`` all paths but the ``public`` ones need one."""
+def describe(app: FastAPI, public: frozenset[str], *, token: bool, models: tuple[type[BaseModel], ...] = ()) -> None:
+    """Complete the application's schema.
+
+    Args:
+        public: paths that need no token; with ``token`` all others do.
+        models: those that no route names as its body or its answer.
+    """
     made = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            _complete(made(), public, token)
+            _complete(made(), public, token, (ErrorAnswer, *models))
         return made()
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
 
 
-def _complete(schema: dict[str, Any], public: frozenset[str], token: bool) -> None:
+def _complete(schema: dict[str, Any], public: frozenset[str], token: bool, models: tuple[type[BaseModel], ...]) -> None:
     parts = schema["components"]
     for name in _VALIDATION:
         parts["schemas"].pop(name, None)
-    error = ErrorAnswer.model_json_schema(ref_template=_REFERENCE)
-    parts["schemas"] |= error.pop("$defs") | {ErrorAnswer.__name__: error}
+    for model in models:
+        form = model.model_json_schema(ref_template=_REFERENCE)
+        parts["schemas"] |= form.pop("$defs", {}) | {model.__name__: form}
     if token:
         parts["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     for path, operation in _operations(schema):

@@ -112,6 +112,28 @@ class Pictures(BaseModel):
     usage: Usage
 
 
+class PictureEvent(BaseModel):
+    """The data of an event: a picture on its way, or a finished one.
+
+    A partial picture has its place among those of its picture and the decoding steps done, of how many; a finished one
+    has its seed.
+    """
+
+    type: Literal["image_generation.partial_image", "image_generation.completed"]
+    b64_json: str
+    created_at: int
+    background: Literal["opaque"] = "opaque"
+    output_format: Literal["png", "jpeg", "webp"]
+    quality: Literal["auto"] = "auto"
+    size: str
+    index: Annotated[int, Field(description="Which of the request's n pictures.")]
+    partial_image_index: int | None = None
+    step: int | None = None
+    steps: int | None = None
+    seed: int | None = None
+    usage: Usage | None = None
+
+
 class Model(BaseModel):
     """What can be drawn with: the base model, whose ``parent`` is null, or a style of it.
 
