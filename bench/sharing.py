@@ -30,11 +30,11 @@ _BREATH = 2e-3
 def rounds(draws: Draws, styles: Sequence[str], *, repeats: int) -> list[dict[str, Any]]:
     """Seconds of a round of as many requests as styles, with the ratio to the base's."""
     number = len(styles)
-    chosen: dict[str, list[str | None]] = {"on the base": [None], "in one style": [styles[0]]}
-    chosen[f"in {number} styles"] = list(styles)
+    chosen: dict[str, Sequence[str | None]] = {"on the base": [None], "in one style": [styles[0]]}
+    chosen[f"in {number} styles"] = styles
     runs = {name: partial(_round, draws(each), number) for name, each in chosen.items()}
     found = measure.interleaved(runs, repeats=repeats, on_run=measure.progress)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, each in chosen.items():
         facts = {"scenario": "round", "requests": number, "styles": len(each) if each[0] else 0}
         wall = measure.series(found[name]["wall"])

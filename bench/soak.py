@@ -11,7 +11,6 @@ import json
 import os
 import random
 import re
-import sys
 import tempfile
 import threading
 import time
@@ -19,7 +18,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -36,6 +34,8 @@ MALFORMED_BODIES = (
     b"", b"{", b"[]", b'{"prompt": ""}', b'{"prompt": "a fox", "n": 0}', b'{"prompt": "a fox", "n": 1e9}', b"\xff\xfe",
     b'{"prompt": "a fox", "style": "../../secret"}', b'{"prompt": "\\ud800"}', b'{"prompt": "a fox", "colour": 1}',
 )  # fmt: skip
+HUNG = 120.0
+"""Seconds after which a request that is not answered counts as hung."""
 WARM = 0.2
 """The share of the time whose memory does not count."""
 
@@ -49,7 +49,7 @@ class Soak:
         self.problems: list[str] = []
         self.latencies: list[float] = []
         self.memory: list[tuple[float, int]] = []
-        self.swaps = 0
+        self.loaded = self.unloaded = self.lost = self.hung = self.duplicated = 0
         self._ended, self._lock = threading.Event(), threading.Lock()
 
     def run(self, seconds: float, clients: int, uploads: Sequence[bytes]) -> None:
@@ -73,13 +73,15 @@ class Soak:
             began = time.perf_counter()
             try:
                 answer = client.send(
-                    self.server.url, "POST", client.GENERATIONS, body, timeout=120, leave=kind == "cancelled"
+                    self.server.url, "POST", client.GENERATIONS, body, timeout=HUNG, leave=kind == "cancelled"
                 )
                 if answer.status == 400 and b"adapter 'soak-" in answer.body and b"is unknown" in answer.body:
                     kind = "gone"  # its style was unloaded meanwhile
                 problem = self._judge(kind, answer, seed)
+            except TimeoutError:
+                self.hung, problem = self.hung + 1, f"{kind}: no answer within {HUNG:g} s"
             except OSError as error:
-                problem = f"{kind}: no answer: {error!r}"
+                self.lost, problem = self.lost + 1, f"{kind}: no answer: {error!r}"
             with self._lock:
                 self.outcomes[kind] += 1
                 if kind == "drawn":
@@ -90,14 +92,13 @@ class Soak:
     def _body(self, choice: random.Random, seed: int, kind: str) -> bytes:
         facts: dict[str, Any] = {"prompt": choice.choice(("a fox", "a castle", "a car")), "seed": seed}
         facts["num_inference_steps"] = self.decoding
-        if style := choice.choice([None, *self.styles, *([f"soak-{self.swaps - 1}"] if self.swaps else [])]):
+        if style := choice.choice([None, *self.styles, *([f"soak-{self.loaded - 1}"] if self.loaded else [])]):
             facts["style"] = style
         if kind == "cancelled":
             facts |= {"stream": True, "partial_images": 3}
         return json.dumps(facts).encode()
 
-    @staticmethod
-    def _judge(kind: str, answer: client.Answer, seed: int) -> str | None:
+    def _judge(self, kind: str, answer: client.Answer, seed: int) -> str | None:
         """What is wrong with an answer, if anything is."""
         if kind == "malformed":
             return None if 400 <= answer.status < 500 else f"malformed: answered {answer.status}"
@@ -107,22 +108,31 @@ class Soak:
             return f"{kind}: answered {answer.status} {answer.body[:200]!r}"
         if kind == "drawn":
             seeds = [picture["seed"] for picture in answer.document["data"]]
-            return None if seeds == [seed] else f"drawn: pictures of seeds {seeds} for {seed}"
+            if seeds != [seed]:
+                self.duplicated += len(seeds) > 1
+                return f"drawn: pictures of seeds {seeds} for {seed}"
         return None
 
     def _swap(self, uploads: Sequence[bytes]) -> None:
         """A style comes and one goes, every second."""
         while not self._ended.wait(1.0):
-            name, old = f"soak-{self.swaps}", f"soak-{self.swaps - 1}"
-            data, token = uploads[self.swaps % len(uploads)], self.server.token
-            answers = [client.send(self.server.admin, "PUT", f"/v1/adapters/{quote(name)}", data, token=token)]
-            if self.swaps:
-                body = json.dumps({"lora_name": old}).encode()
-                answers.append(client.send(self.server.admin, "POST", "/v1/unload_lora_adapter", body, token=token))
-            self.swaps += 1
-            wrong = [answer.body[:200] for answer in answers if answer.status != 200]
+            data = uploads[self.loaded % len(uploads)]
+            self.loaded += self._administer("PUT", f"/v1/adapters/soak-{self.loaded}", data)
+            if self.loaded - self.unloaded > 1:
+                body = json.dumps({"lora_name": f"soak-{self.unloaded}"}).encode()
+                self.unloaded += self._administer("POST", "/v1/unload_lora_adapter", body)
+
+    def _administer(self, method: str, path: str, body: bytes) -> bool:
+        """Whether it was done."""
+        try:
+            answer = client.send(self.server.admin, method, path, body, token=self.server.token, timeout=HUNG)
+            problem = None if answer.status == 200 else f"answered {answer.status} {answer.body[:200]!r}"
+        except OSError as error:
+            problem = f"no answer: {error!r}"
+        if problem is not None:
             with self._lock:
-                self.problems += [f"administration: {body!r}" for body in wrong]
+                self.problems.append(f"administration: {path}: {problem}")
+        return problem is None
 
     def _watch(self) -> None:
         began, page, facts = time.perf_counter(), os.sysconf("SC_PAGE_SIZE"), Path(f"/proc/{self.server.pid}/statm")
@@ -132,19 +142,26 @@ class Soak:
 
     def report(self, seconds: float) -> dict[str, Any]:
         """The row of the document, the server's counts compared."""
-        counts = self._counts()
-        sent = self.outcomes["drawn"] + self.outcomes["cancelled"]
+        counts, sent = self._counts(), self.outcomes["drawn"] + self.outcomes["cancelled"]
         ended = sum(counts["ended"].values())
         if ended != sent or counts["accepted"]:
-            self.problems.append(f"{sent} requests were sent, {ended} ended, {counts['accepted']} are still in")
-        row: dict[str, Any] = {"name": f"soak, {seconds / 60:g} minutes", "scenario": "soak", "run_seconds": seconds}
-        row |= {"requests": sum(self.outcomes.values()), "outcomes": dict(self.outcomes), "swaps": self.swaps}
-        row |= {
+            self.problems.append(f"{sent} requests were sent, {ended} ended, {counts['accepted']:g} are still in")
+        row = {
+            "name": f"soak, {seconds / 60:g} minutes",
+            "scenario": "soak",
+            "run_seconds": seconds,
+            "requests": sum(self.outcomes.values()),
             "rate": sum(self.outcomes.values()) / seconds,
-            "problems": self.problems[:100],
+            "outcomes": dict(self.outcomes),
             "server": counts["ended"],
+            "adapters": {"loaded": self.loaded, "unloaded": self.unloaded},
+            "lost": self.lost + max(0, sent - ended),
+            "duplicated": self.duplicated + max(0, ended - sent),
+            "hung": self.hung + int(counts["accepted"]),
+            "problem_count": len(self.problems),
+            "problems": self.problems[:100],
+            "memory": memory(self.memory),
         }
-        row |= {"problem_count": len(self.problems), "memory": self._memory()}
         if not self.latencies:
             return row | {"skipped": "no request was answered"}
         p95, p99 = (float(value) for value in np.percentile(self.latencies, (95, 99)))
@@ -161,14 +178,34 @@ class Soak:
         found = re.findall(r'^stylemuse_request_seconds_count\{outcome="(\w+)"\} (\S+)$', text, re.MULTILINE)
         return {"accepted": accepted, "ended": {outcome: int(float(value)) for outcome, value in found}}
 
-    def _memory(self) -> Mapping[str, Any]:
-        """Bytes of the server after the warm-up and at the end, medians over a tenth of the time."""
-        if len(self.memory) < 10:
-            return {"grown": None}
-        last = self.memory[-1][0]
-        spans = ((WARM * last, (WARM + 0.1) * last), (0.9 * last, last))
-        before, after = (float(np.median([b for at, b in self.memory if low <= at <= high])) for low, high in spans)
-        return {"bytes_before": before, "bytes_after": after, "grown": after / before - 1.0}
+
+def memory(samples: Sequence[tuple[float, int]]) -> dict[str, Any]:
+    """Of (seconds, bytes) after the warm-up: the first and the last tenth's median, the most, and the straight line.
+
+    ``grown`` is last to first, ``slope`` the line's growth over that time, both as shares of the first.
+    """
+    last = samples[-1][0] if samples else 0.0
+    kept = [(at, size) for at, size in samples if at >= WARM * last]
+    if len(kept) < 8:
+        return {"grown": None}
+    at, sizes = np.array([at for at, _ in kept]), np.array([float(size) for _, size in kept])
+    span = (at[-1] - at[0]) / 10
+    first, end = float(np.median(sizes[at <= at[0] + span])), float(np.median(sizes[at >= at[-1] - span]))
+    slope = float(np.polynomial.Polynomial.fit(at, sizes, 1).convert().coef[1]) * (at[-1] - at[0]) / first
+    facts = {"bytes_first": first, "bytes_last": end, "bytes_most": float(sizes.max())}
+    return facts | {"grown": end / first - 1.0, "slope": float(slope)}
+
+
+def show(row: Mapping[str, Any]) -> None:
+    """What was found, a line each."""
+    for name in ("requests", "rate", "outcomes", "server", "adapters", "lost", "duplicated", "hung", "problem_count"):
+        print(f"{name:14} {row[name]}")
+    if "latency" in row:
+        times = {"p50": row["latency"]["p50"], **row["latency_tail"]}
+        print("latency        " + ", ".join(f"{name} {value * 1e3:.1f} ms" for name, value in times.items()))
+    print("memory         " + ", ".join(f"{name} {value}" for name, value in row["memory"].items()))
+    for problem in row["problems"][:10]:
+        print(f"problem        {problem}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -179,12 +216,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=count, default=12)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dtype", choices=DTYPES)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="also write the document here")
+    parser.common(device=False)
     options = parser.parse_args(arguments)
     if options.minutes <= 0:
         parser.error("--minutes is above 0")
-    given = sys.argv[1:] if arguments is None else list(arguments)
     pipe = pipeline("demo", dtype="float32")
     uploads = [pack(random_adapter(pipe, "soak", rank=4, seed=seed), "diffusers") for seed in range(5)]
     chosen = ["--model", options.model, *(["--dtype", options.dtype] if options.dtype else [])]
@@ -196,12 +231,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         soak = Soak(at, [model["id"] for model in models if model["parent"]], options.steps, options.seed)
         soak.run(options.minutes * 60, options.clients, [next(iter(files.values())) for files in uploads])
         row = soak.report(options.minutes * 60)
-    for name in ("requests", "outcomes", "server", "swaps", "rate", "memory", "problem_count"):
-        print(f"{name:14} {row[name]}")
-    for problem in row["problems"][:10]:
-        print(f"problem        {problem}")
-    command = " ".join(["stylemuse bench soak", *given])
-    document = measure.document(command, options.seed, torch.device("cpu"), {}, serve=[row])
-    if options.out is not None:
-        options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(document))
+    show(row)
+    made = measure.document(parser.command, options.seed, torch.device("cpu"), {}, serve=[row])
+    measure.publish(made, options.out)

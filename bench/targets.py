@@ -37,7 +37,7 @@ class Target:
             scales = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
             size, unit = next((scale for scale in scales if value >= scale[0]), scales[-1])
             return f"{value / size:.3g} {unit}"
-        return f"{value:.2f}{self.unit}"
+        return f"{value:.2f}{self.unit}" if self.unit else f"{value:g}"
 
 
 def rows(documents: Documents, kind: str, **facts: Any) -> list[Row]:
@@ -129,6 +129,11 @@ def _first_image(documents: Documents) -> float | None:
     return _worst((row["wall"]["p50"] for row in rows(documents, "first_image")), False)
 
 
+def _astray(documents: Documents) -> float | None:
+    found = rows(documents, "serve", scenario="soak")
+    return _worst((float(row["lost"] + row["duplicated"] + row["hung"]) for row in found), False)
+
+
 def _serve(field: str, at_least: bool, **facts: Any) -> Callable[[Documents], float | None]:
     """The worst of a field, or of a field of a field ("refusal_tail.p99")."""
 
@@ -196,8 +201,9 @@ CPU = (
         False,
         _serve("to_free", False, scenario="law", part="whole"),
     ),
+    Target("S4", "requests lost, duplicated or hung in a soak", 0.0, "", False, _astray),
     Target(
-        "S4",
+        "S5",
         "growth of a server's memory in a soak",
         0.01,
         "%",

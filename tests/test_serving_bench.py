@@ -98,14 +98,27 @@ def test_a_soak_finds_faults(tiny_model: Path) -> None:
         run = soak.Soak(process, ["ink", "nope"], 2, 0)
         run.outcomes["drawn"] = 1
         row = run.report(60.0)
-        assert row["problems"] == ["1 requests were sent, 0 ended, 0.0 are still in"]
+        assert row["problems"] == ["1 requests were sent, 0 ended, 0 are still in"]
+        assert (row["lost"], row["duplicated"], row["hung"]) == (1, 0, 0)
         bad = client.Answer(200, b'{"data": [{"seed": 3}]}')
         assert run._judge("drawn", bad, 3) is None
         assert run._judge("drawn", bad, 4) == "drawn: pictures of seeds [3] for 4"
+        twice = client.Answer(200, b'{"data": [{"seed": 3}, {"seed": 3}]}')
+        assert run._judge("drawn", twice, 3) == "drawn: pictures of seeds [3, 3] for 3"
+        assert run.duplicated == 1
         assert run._judge("malformed", client.Answer(500, b""), 0) == "malformed: answered 500"
         for body in soak.MALFORMED_BODIES:
             answer = client.send(live.url, "POST", client.GENERATIONS, body)
             assert run._judge("malformed", answer, 0) is None, (body, answer)
+
+
+def test_memory_after_the_warm_up() -> None:
+    """What the first fifth takes does not count; then 100 bytes more every second, of 1,000,000."""
+    found = soak.memory([(float(at), 10**9 if at < 20 else 10**6 + 100 * (at - 20)) for at in range(101)])
+    assert (found["bytes_first"], found["bytes_last"], found["bytes_most"]) == (1_000_400, 1_007_600, 1_008_000)
+    assert found["grown"] == pytest.approx(0.0072, rel=0.01)
+    assert found["slope"] == pytest.approx(0.008, rel=0.01)
+    assert soak.memory([])["grown"] is None
 
 
 @pytest.mark.slow
@@ -116,6 +129,8 @@ def test_a_short_soak(run: Run) -> None:
     measure.check(document)
     (row,) = document["serve"]
     assert row["problems"] == []
-    assert row["swaps"] >= 5
+    assert (row["lost"], row["duplicated"], row["hung"]) == (0, 0, 0)
+    assert row["adapters"]["loaded"] >= 5
+    assert row["adapters"]["unloaded"] == row["adapters"]["loaded"] - 1
     # "gone": its style was unloaded between the client's choice and the request; whether that happens is chance.
     assert set(row["outcomes"]) - {"gone"} == {"drawn", "cancelled", "malformed"}

@@ -81,9 +81,9 @@ class Boundary:
             wrong = ApiError(500, "the server failed; the request id finds it in the log")
             await _send(answer, wrong, scope["request_id"], started=bool(status))
         finally:
-            known = scope["path"] if scope["path"] in self._busy else "other"
+            known = scope["path"] if scope["path"] in self._busy else "other"  # one that was turned away has no route
             seconds, route = time.monotonic() - began, getattr(scope.get("route"), "path", known)
-            self._on_answer(scope["method"], route, status, seconds)
+            self._on_answer(scope["method"], str(route), status, seconds)
             record = {"request_id": scope["request_id"], "method": scope["method"], "path": scope["path"][:200]}
             record |= {"status": status, "seconds": round(seconds, 4)} | scope.get("facts", {})
             if failure := failure or scope.get("failure"):
