@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --config-settings editable_mode=strict --editable
 # A strict editable install links every file, which mypy needs; a file that comes or goes makes it anew.
-FOLDERS := $(shell find runtime kernels export bench -type d -not -name __pycache__)
+FOLDERS := $(shell find runtime kernels export bench -type d -not -name __pycache__ -not -path "*/node_modules*")
 
 .PHONY: demo test clean
 
