@@ -19,7 +19,7 @@ from ..adapters.canonical import Adapter
 from ..core import StylemuseError
 from ..pipeline import Pipeline
 from ..reference import Reference
-from . import agreement, files, folder, manifest, quantize
+from . import agreement, files, folder, manifest, page, quantize
 from .adapters import FORMS
 from .check import AGREEMENT
 from .loading import open_folder
@@ -34,6 +34,7 @@ def export(
     styles: Sequence[str] | None = None,
     strength: float = 1.0,
     precision: str = "float32",
+    runtime: Path | None = None,
 ) -> Manifest:
     """Write a folder; it is there whole, or not at all.
 
@@ -45,6 +46,7 @@ def export(
         styles: names of the pipeline's styles; all of them if left out, and none for "fused".
         strength: multiplies the scale of a style that is fused.
         precision: of the step's matrix products: "float32", or "int8" as in ``quantize``.
+        runtime: the folder of the npm package onnxruntime-web, for a page that draws in a browser; form "bank" has one.
 
     Raises:
         StylemuseError: what is asked for is impossible, or a graph does not give what it should.
@@ -63,6 +65,8 @@ def export(
         raise StylemuseError(f"form 'fused' takes one style, not {len(names)}: {', '.join(names)}")
     if form != "fused" and strength != 1.0:
         raise StylemuseError(f"strength has no effect on form {form!r}, whose rows have their own")
+    if runtime is not None and form != "bank":
+        raise StylemuseError(f"a page draws with form 'bank', not {form!r}")
     adapters = [pipe.adapters[name] for name in names]
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StylemuseError(f"{out.name} exists already; choose another folder or remove it first")
@@ -71,6 +75,8 @@ def export(
     try:
         partial.mkdir(parents=True)
         made = _deploy(pipe, network, partial, form, adapters, strength, precision)
+        if runtime is not None:
+            page.write(partial, made, pipe.adapters, runtime)
         if out.exists():
             out.rmdir()
         os.replace(partial, out)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -28,6 +31,11 @@ def export(
     ] = None,
     alpha: options.Alpha = None,
     recipe: options.Recipe = None,
+    web: Annotated[bool, typer.Option("--web", help="Add a page that draws in a browser, for any web server.")] = False,
+    runtime: Annotated[
+        Path | None, typer.Option("--runtime", help="The npm package onnxruntime-web; ./node_modules if left out.")
+    ] = None,
+    fetch: Annotated[bool, typer.Option("--fetch", help="Let npm fetch that package, for this export alone.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Write a model and its styles as ONNX graphs."""
@@ -35,19 +43,37 @@ def export(
     if (alpha is not None or recipe is not None) and not registered:
         raise StylemuseError("--alpha and --recipe are about the file of an --adapter; none is given")
     names = None if styles is None else [name.strip() for name in styles.split(",") if name.strip()]
+    if (runtime is not None or fetch) and not web:
+        raise StylemuseError("--runtime and --fetch are about the page of --web, which is not asked for")
+    if runtime is not None and fetch:
+        raise StylemuseError("--runtime and --fetch both say where the package is; give one of them")
     check_new_folder(out)
-    pipe = options.load(model, "reference", "cpu", "float32")
-    for name, path in registered.items():
-        pipe.adapters.add(name, path, alpha=alpha, recipe=recipe)
-    from ..export.deploy import export as write
+    with ExitStack() as held:
+        package = _package(runtime, fetch, held) if web else None
+        pipe = options.load(model, "reference", "cpu", "float32")
+        for name, path in registered.items():
+            pipe.adapters.add(name, path, alpha=alpha, recipe=recipe)
+        from ..export.deploy import export as write
 
-    made = write(pipe, out, form=form, styles=names, strength=strength, precision=precision)
+        made = write(pipe, out, form=form, styles=names, strength=strength, precision=precision, runtime=package)
     size = {name: graph.file.bytes + (graph.data.bytes if graph.data else 0) for name, graph in made.graphs.items()}
     if as_json:
         facts = {"path": str(out), "form": form, "precision": precision, "styles": sorted(made.styles), "bytes": size}
-        document(facts | {"agreement": dict(made.agreement)})
+        document(facts | {"agreement": dict(made.agreement), "page": "index.html" if web else None})
         return
     table(("graph", "MB"), [(name, f"{count / 1e6:.1f}") for name, count in size.items()], numbers=("MB",))
     for key, value in made.agreement.items():
         say(f"{key}: {value}")
     say(f"{out}  form {form}, {precision}, styles: {', '.join(sorted(made.styles)) or 'none'}")
+    if web:
+        say(f"a page that draws: python3 -m http.server --directory {out} 8080, then open http://localhost:8080")
+
+
+def _package(given: Path | None, fetch: bool, held: ExitStack) -> Path:
+    """Where onnxruntime-web is; what npm fetches is gone when `held` ends."""
+    from ..export import page
+
+    if not fetch:
+        return page.find_runtime(given)
+    print(f"npm fetches {page.PACKAGE} {page.version()} into a temporary folder", file=sys.stderr, flush=True)
+    return page.fetch_runtime(Path(held.enter_context(TemporaryDirectory(prefix="stylemuse-"))))
