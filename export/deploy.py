@@ -19,8 +19,8 @@ from ..adapters.canonical import Adapter
 from ..core import StylemuseError
 from ..pipeline import Pipeline
 from ..reference import Reference
-from . import agreement, files, folder, manifest, page, quantize
-from .adapters import FORMS
+from . import agreement, files, folder, generate, manifest, page, quantize
+from .adapters import FORMS, pack
 from .check import AGREEMENT
 from .loading import open_folder
 from .manifest import File, GraphFile, Manifest
@@ -103,10 +103,15 @@ def _deploy(
     if precision == "int8":
         graph, facts = _quantized(written, path, [other for _, other in pairs])
         made = replace(made, precision=precision, graphs={**made.graphs, "step": graph})
-        made.write(path)
-    measured = agreement.measure(pipe, open_folder(path), pairs)
-    if precision == "float32" and measured["tokens"] < AGREEMENT:
-        raise StylemuseError(f"the graphs agree with the model in {measured['tokens']:.2%} of tokens only")
+    sites = network.transformer.config.sites()
+    packed = {adapter.name: pack(adapter, sites) for adapter in adapters} if form == "bank" else {}
+    whole = generate.write(path, written.built, written.styling, packed, network.sizes.factor)
+    made = replace(made, graphs={**made.graphs, "generate": whole})
+    made.write(path)
+    measured = agreement.measure(pipe, path, pairs)
+    for share in ("tokens", "tokens_of_generate"):
+        if precision == "float32" and measured[share] < AGREEMENT:
+            raise StylemuseError(f"the graphs agree with the model in {measured[share]:.2%} of {share} only")
     made = replace(made, agreement=measured | facts)
     made.write(path)
     return made
@@ -114,8 +119,8 @@ def _deploy(
 
 def _quantized(written: folder.Written, path: Path, requests: Sequence[Any]) -> tuple[GraphFile, dict[str, Any]]:
     """Replace the step's graph by its int8 form, chosen by what its products give on these requests."""
-    description, graph, step = written.description, written.step, path / "step.onnx"
-    seen = agreement.record(open_folder(path), requests)
+    (description, graph), step = written.built["step"], path / "step.onnx"
+    seen = agreement.record(open_folder(path, known=written.manifest), requests)
     errors = quantize.sensitivity(description, graph, step, [seen[0], seen[len(seen) // 2]])
     graph.nodes = quantize.quantize(graph, errors)
     # Removed first: what still maps the old file keeps it.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -18,39 +21,59 @@ SMALL = 4096
 ALIGNMENT = 4096
 
 
+class Place(NamedTuple):
+    """Where a weight lies outside a graph: the name of the file, and the first of its bytes."""
+
+    file: str
+    offset: int
+
+
+NOWHERE: Mapping[str, Place] = MappingProxyType({})
+
+
 def sidecar(path: Path) -> Path:
     """Where the weights of a graph may lie: step.onnx has step.onnx.data."""
     return path.with_name(f"{path.name}.data")
 
 
-def write(graph: Graph, path: Path, *, data: bool = True) -> None:
-    """Write a graph with its weights; without `data` the sidecar, if there is one, is left as it is."""
-    model = graph.model()
-    if sum(array.nbytes for array in graph.weights.values()) <= INSIDE:
-        model.graph.initializer.extend(
-            onnx.numpy_helper.from_array(array, name) for name, array in graph.weights.items()
-        )
-    else:
-        large: list[Array] = []
-        offset = 0
-        for name, array in graph.weights.items():
-            if array.nbytes <= SMALL:
-                model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
-                continue
-            model.graph.initializer.append(_reference(name, array, sidecar(path).name, offset))
+def places(weights: Mapping[str, Array], path: Path) -> dict[str, Place]:
+    """Where the weights of the graph at this path lie in its sidecar; nothing where all are inside the graph."""
+    found: dict[str, Place] = {}
+    if sum(array.nbytes for array in weights.values()) <= INSIDE:
+        return found
+    offset = 0
+    for name, array in weights.items():
+        if array.nbytes > SMALL:
+            found[name] = Place(sidecar(path).name, offset)
             offset += array.nbytes + -array.nbytes % ALIGNMENT
-            large.append(array)
-        if data:
-            with sidecar(path).open("wb") as file:
-                for array in large:
-                    array.tofile(file)
-                    file.write(b"\0" * (-array.nbytes % ALIGNMENT))
+    return found
+
+
+def write(graph: Graph, path: Path, *, data: bool = True, elsewhere: Mapping[str, Place] = NOWHERE) -> None:
+    """Write a graph with its weights.
+
+    Args:
+        data: False leaves the sidecar, if there is one, as it is.
+        elsewhere: weights that lie in other graphs' sidecars already.
+    """
+    model, own = graph.model(), {name: array for name, array in graph.weights.items() if name not in elsewhere}
+    beside = places(own, path)
+    outside = {**elsewhere, **beside}
+    model.graph.initializer.extend(
+        _reference(name, array, outside[name]) if name in outside else onnx.numpy_helper.from_array(array, name)
+        for name, array in graph.weights.items()
+    )
+    if beside and data:
+        with sidecar(path).open("wb") as file:
+            for name in beside:
+                own[name].tofile(file)
+                file.write(b"\0" * (-own[name].nbytes % ALIGNMENT))
     path.write_bytes(model.SerializeToString())
 
 
-def _reference(name: str, array: Array, location: str, offset: int) -> TensorProto:
+def _reference(name: str, array: Array, place: Place) -> TensorProto:
     tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(np.dtype(array.dtype)))
     tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", location), ("offset", offset), ("length", array.nbytes)):
+    for key, value in (("location", place.file), ("offset", place.offset), ("length", array.nbytes)):
         tensor.external_data.add(key=key, value=str(value))
     return tensor

@@ -1,4 +1,4 @@
-"""A model and styles -> a folder of graphs in fp32, with its manifest; ``deploy`` is what a user calls."""
+"""A model and styles -> a folder of graphs in fp32, and what its manifest tells; ``deploy`` is what a user calls."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ TUNED = ("to_q", "to_k", "to_v")
 
 
 class Written(NamedTuple):
-    """A folder's manifest, and the graph of the step as it was written."""
+    """A folder's manifest, its graphs as they were written, and what they have of adapters."""
 
     manifest: Manifest
-    description: GraphSpec
-    step: Graph
+    built: dict[str, tuple[GraphSpec, Graph]]
+    styling: Styling
 
 
 def write(
@@ -59,16 +59,15 @@ def write(
     network.tokenizer.save(folder / "tokenizer")
     tokenizer = tuple(File.of(folder, f"tokenizer/{path.name}") for path in sorted((folder / "tokenizer").iterdir()))
     described = {}
-    for adapter in adapters:
+    for slot, adapter in enumerate(adapters, 1):
         files = {} if form == "fused" else _style_files(folder, adapter.name, pack(adapter, sites))
-        described[adapter.name] = _describe(adapter, files, strength)
+        described[adapter.name] = _describe(adapter, files, strength, slot if form == "bank" else 0)
     side, count = network.sizes.side**2, int(pipe.defaults.get("steps", 12))
     made = Manifest(
         pipe.name, form, "float32", network.mask_id, config.codebook_size, *network.sizes, length, dict(pipe.defaults),
         graphs, tokenizer, described, schedule=asdict(schedule.amused(side, side, count)),
     )  # fmt: skip
-    made.write(folder)
-    return Written(made, *built["step"])
+    return Written(made, built, styling)
 
 
 def _fused(transformer: Amused, adapters: Sequence[Adapter], strength: float) -> tuple[Amused, Styling]:
@@ -125,8 +124,8 @@ def _style_files(folder: Path, name: str, packed: Mapping[str, Array]) -> dict[s
     return written
 
 
-def _describe(adapter: Adapter, files: Mapping[str, File], strength: float) -> StyleFile:
+def _describe(adapter: Adapter, files: Mapping[str, File], strength: float, slot: int) -> StyleFile:
     return StyleFile(
-        adapter.name, files, adapter.kind, adapter.rank, strength * adapter.scale, adapter.descriptor, adapter.caption,
-        dict(adapter.recommended), adapter.licence,
+        adapter.name, files, slot, adapter.kind, adapter.rank, strength * adapter.scale, adapter.descriptor,
+        adapter.caption, dict(adapter.recommended), adapter.licence,
     )  # fmt: skip

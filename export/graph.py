@@ -6,7 +6,7 @@ say) makes nodes when it is given values, and numbers when it is given numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -159,6 +159,48 @@ class Graph:
         self.nodes.append(helper.make_node(kind, given, made, name=label, **attributes))
         return tuple(Value(self, each, dtype or inputs[0].dtype) for each in made)
 
+    def inline(self, part: Graph, name: str, given: Mapping[str, Value]) -> dict[str, Value]:
+        """The nodes and weights of another graph, named after this part; what it gives, by the names of its outputs.
+
+        What it takes is found in `given` by name; initializers that callers may override are inputs here, too.
+        """
+        inputs = {each.name: given[each.name].name for each in part.inputs}
+
+        def renamed(value: str) -> str:
+            return inputs.get(value, value and f"{name}/{value}")
+
+        self.weights |= {renamed(key): array for key, array in part.weights.items() if key not in inputs}
+        for node in part.nodes:
+            copy = onnx.NodeProto.FromString(node.SerializeToString())
+            copy.name = f"{name}/{node.name}"
+            copy.input[:], copy.output[:] = map(renamed, node.input), map(renamed, node.output)
+            self.nodes.append(copy)
+        kinds = {each.name: helper.tensor_dtype_to_np_dtype(each.type.tensor_type.elem_type) for each in part.outputs}
+        return {key: Value(self, renamed(key), kind) for key, kind in kinds.items()}
+
+    def repeat(self, count: Value, state: Value, body: Callable[[Value, Value], Value]) -> Value:
+        """The state after `count` () times state = body(index, state); the index is () int64."""
+        return self._loop(count, [state], body)
+
+    def stack(self, count: Value, body: Callable[[Value], Value]) -> Value:
+        """body(0), body(1), ... of `count` () indices, one after the other, along a new first axis."""
+        return self._loop(count, [], body)
+
+    def _loop(self, count: Value, states: Sequence[Value], body: Callable[..., Value]) -> Value:
+        """A Loop; its body sees all values and weights that are there already, which stay where they are."""
+        label, outside = self._unique("Loop"), self.nodes
+        index, going = Value(self, f"{label}.index", np.int64), Value(self, f"{label}.going", np.bool_)
+        carried = [Value(self, f"{label}.state_{place}", state.dtype) for place, state in enumerate(states)]
+        self.nodes = []
+        try:
+            result = body(index, *carried)
+            on = self.op("Identity", going)
+        finally:
+            inside, self.nodes = self.nodes, outside
+        inputs = [_info(index.name, index.dtype, ()), _info(going.name, going.dtype, ()), *map(_untold, carried)]
+        graph = helper.make_graph(inside, f"{label}.body", inputs, [_untold(on), _untold(result)])
+        return self.op("Loop", count, None, *states, dtype=result.dtype, name=label, body=graph)
+
     def _unique(self, name: str) -> str:
         count = self._names[name] = self._names.get(name, -1) + 1
         return name if count == 0 else f"{name}_{count}"
@@ -172,3 +214,7 @@ class Graph:
 
 def _info(name: str, dtype: Any, axes: Sequence[Axis]) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), list(axes))
+
+
+def _untold(value: Value) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(value.name, helper.np_dtype_to_tensor_dtype(value.dtype), None)

@@ -61,10 +61,15 @@ def load_onnx(
 
 
 def open_folder(
-    path: Path, *, device: str | None = None, dtype: str | None = None, threads: int | None = None
+    path: Path,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    threads: int | None = None,
+    known: manifest.Manifest | None = None,
 ) -> Pipeline:
-    """A pipeline over an exported folder."""
-    made = manifest.read(path)
+    """A pipeline over an exported folder, which is checked unless its manifest is `known`."""
+    made = manifest.read(path) if known is None else known
     if dtype not in (None, made.precision):
         raise StylemuseError(f"dtype {dtype!r} is not there; this folder was exported in {made.precision}")
     shelf = Shelf(path, made)

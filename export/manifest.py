@@ -1,10 +1,11 @@
 """The manifest of an exported folder: what is in it, told once, and checked before anything of it is used.
 
-manifest.json  text.onnx  condition.onnx  step.onnx  pixels.onnx  codes.onnx     each maybe with <name>.onnx.data
-tokenizer/     adapters/<style>.<graph>.onnx_adapter
+manifest.json  text.onnx  condition.onnx  step.onnx  pixels.onnx  codes.onnx  generate.onnx
+tokenizer/     adapters/<style>.<graph>.onnx_adapter     each graph maybe with <name>.onnx.data
 
 A folder may come from anyone. Only files the manifest names are opened, by names that cannot leave the folder; each
-must have the size and the hash it tells, no link is followed, and a graph may point to no file but its own sidecar.
+must have the size and the hash it tells, no link is followed, and a graph may point to no file but its own sidecar,
+generate.onnx to those of its parts, too.
 Neither torch nor onnx is needed here.
 """
 
@@ -15,7 +16,7 @@ import json
 import math
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,13 @@ class GraphFile:
 
 @dataclass(frozen=True, eq=False)
 class StyleFile:
-    """A style: its tensors' file for each graph that it changes, empty where the style is in the graphs, and what a
-    request has to know of it, as in ``adapters.canonical.Adapter``."""
+    """A style: its tensors' file for each graph that it changes, empty where the style is in the graphs; its slot in
+    the tables of a bank's generate.onnx, where 0 is the base, and 0 in other forms; and what a request has to know of
+    it, as in ``adapters.canonical.Adapter``."""
 
     name: str
     files: Mapping[str, File]
+    slot: int
     kind: str
     rank: int
     scale: float
@@ -196,6 +199,7 @@ def _style(name: str, facts: Mapping[str, Any]) -> StyleFile:
     }
     _need(files.keys() <= {"condition", "step"}, f"style {name}: files are for condition and step")
     _need(facts["kind"] in ("lora", "bottleneck") and type(facts["rank"]) is int, f"style {name}: kind or rank")
+    _need(type(facts["slot"]) is int and 0 <= facts["slot"] <= MAX_STYLES, f"style {name}: slot")
     _need(_is_number(facts["scale"]), f"style {name}: scale must be a number")
     _need(all(isinstance(facts[text], str) for text in ("descriptor", "caption", "licence")), f"style {name}: texts")
     recommended = facts["recommended"]
@@ -227,15 +231,17 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
         _need(plain and stat.S_ISREG(found.st_mode) and found.st_nlink == 1, f"{file.path} is a link, or no file", "")
         _need(found.st_size == file.bytes, f"{file.path} has {found.st_size} bytes, not {file.bytes}", "")
         _need(_sha256(path) == file.sha256, f"{file.path} was changed: its sha256 is another", "")
+    sidecars = {name: graph.data.path for name, graph in manifest.graphs.items() if graph.data}
     for name, graph in manifest.graphs.items():
-        _check_references(folder / graph.file.path, f"{name}.onnx.data" if graph.data else "")
+        own = sidecars if name == "generate" else {name} & sidecars.keys()
+        _check_references(folder / graph.file.path, [sidecars[each] for each in own])
 
 
-def _check_references(path: Path, allowed: str) -> None:
-    """A graph names no file but its sidecar. Outside files are named by an entry with the key "location"."""
+def _check_references(path: Path, allowed: Collection[str]) -> None:
+    """A graph names no file but these sidecars. Outside files are named by an entry with the key "location"."""
     content = path.read_bytes()
-    entry = b"\x0a\x08location\x12" + bytes([len(allowed)]) + allowed.encode()
-    known = content.count(entry) if allowed else 0
+    entries = (b"\x0a\x08location\x12" + bytes([len(each)]) + each.encode() for each in allowed)
+    known = sum(content.count(entry) for entry in entries)
     _need(content.count(b"location") == known, f"{path.name} points to a file that is not its sidecar", "")
 
 

@@ -139,7 +139,9 @@ class OnnxNetwork:
         self.device, self.dtype, self.mask_id = "cpu", manifest.precision, manifest.mask_id
         self.sizes = Sizes(manifest.side, manifest.factor, manifest.unit)
         self.tokenizer = ClipTokenizer.from_folder(folder / "tokenizer", manifest.length)
-        self._graphs = {name: Session(folder, graph, self.provider, threads) for name, graph in manifest.graphs.items()}
+        # The whole job in one graph is for those who run no loop.
+        parts = {name: graph for name, graph in manifest.graphs.items() if name != "generate"}
+        self._graphs = {name: Session(folder, graph, self.provider, threads) for name, graph in parts.items()}
         inputs = [*manifest.graphs["condition"].inputs, *manifest.graphs["step"].inputs]
         scale = next((style.scale for style in manifest.styles.values()), None)
         self.styles = styles.make(manifest.form, inputs, slots, scale)
@@ -154,7 +156,7 @@ class OnnxNetwork:
 
     def context(self, text: Text, grid: tuple[int, int], slot: int = styles.BASE, scale: float = 1.0) -> Context:
         """The step-constant part of one row. grid is (h, w) in tokens; slot -1 is the base."""
-        self._hold(slot)
+        self.hold(slot)
         graph = self._graphs["condition"]
         height, width = (side * self.manifest.factor for side in grid)
         micro = np.array([[width, height, 0, 0, AESTHETIC_SCORE]], np.float32)
@@ -208,15 +210,7 @@ class OnnxNetwork:
         resized = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
         return self._graphs["codes"].run({"images": np.asarray(resized)[None]})["tokens"][0]
 
-    def explain(self) -> dict[str, str]:
-        """What ONNX Runtime runs, and how."""
-        threads = "ONNX Runtime's own choice" if self.threads is None else str(self.threads)
-        return {
-            "kernels": f"ONNX Runtime {onnxruntime.__version__}, {self.provider.names[0]}; form {self.manifest.form}",
-            "threads": threads,
-        }
-
-    def _hold(self, slot: int) -> None:
+    def hold(self, slot: int) -> None:
         """Make sure that the graphs' slot has what the registry's slot holds."""
         if slot == styles.BASE:
             return
@@ -225,6 +219,14 @@ class OnnxNetwork:
         if self._held.get(slot) is not holder:
             self.styles.write(slot, name, packed())
             self._held[slot] = holder
+
+    def explain(self) -> dict[str, str]:
+        """What ONNX Runtime runs, and how."""
+        threads = "ONNX Runtime's own choice" if self.threads is None else str(self.threads)
+        return {
+            "kernels": f"ONNX Runtime {onnxruntime.__version__}, {self.provider.names[0]}; form {self.manifest.form}",
+            "threads": threads,
+        }
 
     def _conditioning(self, contexts: tuple[Context, ...]) -> dict[str, Any]:
         """The rows' conditioning, stacked, and their styles, kept while the rows stay the same."""
@@ -235,7 +237,7 @@ class OnnxNetwork:
             }
             slots, scales = [each.slot for each in contexts], [each.scale for each in contexts]
             for slot in set(slots):
-                self._hold(slot)
+                self.hold(slot)
             given = self.styles.feeds(step.inputs, slots, scales)
             self._stacked = (contexts, stacked | {name: step.keep(array) for name, array in given.items()})
         return self._stacked[1]

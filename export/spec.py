@@ -5,10 +5,11 @@ condition  text, size -> everything that is the same at every step, for each row
 step       tokens -> tokens, one decoding step of each picture
 pixels     tokens -> pictures
 codes      pictures -> tokens
+generate   ids, seeds -> pictures: text, condition, step and pixels in one, with the loop inside
 
 Axes given as text may have any size: "rows" (one grid seen through one prompt), "pictures", "branches" (rows that a
-picture adds up), "height" and "width" (of the grid, in tokens), "text" (ids of a prompt), "slots" (of a bank),
-"lanes_P" (P times a rank).
+picture adds up), "count" (of steps), "height" and "width" (of the grid, in tokens), "text" (ids of a prompt), "slots"
+(of a bank), "lanes_P" (P times a rank).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 Array: TypeAlias = NDArray[Any]
 Axis: TypeAlias = "str | int"
 
-GRAPHS = ("text", "condition", "step", "pixels", "codes")
+GRAPHS = ("text", "condition", "step", "pixels", "codes", "generate")
 
 
 @dataclass(frozen=True)
@@ -163,4 +164,37 @@ def codes() -> GraphSpec:
         "codes",
         (Tensor("images", "uint8", ("pictures", "pixel_height", "pixel_width", 3), 256),),
         (Tensor("tokens", "int64", ("pictures", "height", "width")),),
+    )
+
+
+def generate(ids: Tensor, vocabulary: int, adapters: tuple[Tensor, ...] = ()) -> GraphSpec:
+    """The whole job.
+
+    Inputs: of each row its prompt's `ids`, and its style: one of those inside (a bank), or what is given. Of each
+    picture the `tokens` it starts from, the last of the vocabulary where a position is masked, the rows it adds up,
+    `branches`, its `seeds`, and whether a token's score is its raw logit. For every step and picture, as ``step`` takes
+    them: the `weights` of its branches, how many positions are `masked` after it, and two temperatures.
+
+    Outputs: `images`, and `tokens_out`, the codes they are decoded from.
+    """
+    per_picture, per_step = ("pictures",), ("count", "pictures")
+    grid: tuple[Axis, ...] = ("pictures", "height", "width")
+    return GraphSpec(
+        "generate",
+        (
+            ids,
+            Tensor("tokens", "int64", grid, vocabulary, common=vocabulary - 1),
+            Tensor("branches", "int64", ("pictures", "branches"), "rows"),
+            Tensor("weights", "float32", ("count", "pictures", "branches")),
+            Tensor("seeds", "int64", per_picture, 2**63 - 1),
+            Tensor("masked", "int64", per_step, "height"),
+            Tensor("token_temperature", "float32", per_step, 2),
+            Tensor("choice_temperature", "float32", per_step, 4),
+            Tensor("raw_logit", "bool", per_picture, 2),
+            *adapters,
+        ),
+        (
+            Tensor("images", "uint8", ("pictures", "pixel_height", "pixel_width", 3)),
+            Tensor("tokens_out", "int64", grid),
+        ),
     )

@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-import torch
-from drawing import noise
+from exports import any_request, bottleneck, same, with_more_styles
 from models import random_style
 
 import stylemuse as sm
-from stylemuse import Adapter, Request, Sampling
+from stylemuse import Request, Sampling
 from stylemuse.export.deploy import export
 from stylemuse.export.manifest import read
 from stylemuse.export.spec import GraphSpec
@@ -24,23 +23,9 @@ from stylemuse.export.spec import GraphSpec
 UNGUIDED = sm.CFG(1.0)
 
 
-def bottleneck(pipe: sm.Pipeline) -> Adapter:
-    """A style of bottlenecks after some of the layers' parts, strong enough to change tokens."""
-    generator = torch.Generator().manual_seed(9)
-    places = list(pipe.network.transformer.config.bottleneck_sites().items())[:3]
-    pairs = {
-        name: (torch.randn(width, 3, generator=generator) * 0.3, torch.randn(3, width, generator=generator) * 0.3)
-        for name, width in places
-    }
-    return Adapter("drop", "bottleneck", pairs, base_model="tiny", scale=0.8, descriptor="in drop style")
-
-
 @pytest.fixture(scope="module")
 def pipe(tiny_model: Path) -> sm.Pipeline:
-    made = sm.load(str(tiny_model), backend="reference", device="cpu", dtype="float32")
-    made.adapters.add("drop", bottleneck(made))
-    made.adapters.add("wide", random_style(made.network.transformer.config, "wide", rank=5, seed=4))
-    return made
+    return with_more_styles(tiny_model)
 
 
 @pytest.fixture(scope="module")
@@ -54,30 +39,6 @@ def single(pipe: sm.Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exports") / "single"
     export(pipe, out, form="single", styles=["ink", "drop"])
     return out
-
-
-def any_request(choice: random.Random) -> Request:
-    style = choice.choice(
-        (None, "ink", "wide", "drop", {"ink": 0.4, "drop": 0.6}, {"neon": sm.Style(1.0, strength=0.5)})
-    )
-    return Request(
-        prompt=choice.choice(("a fox", "a cat", "an owl in the castle")),
-        style=style,
-        n=choice.choice((1, 2)),
-        seed=choice.getrandbits(60),
-        sampling=Sampling(steps=choice.choice((1, 3, 5)), schedule=choice.choice(("amused", "styledrop", "maskgit"))),
-        size=choice.choice(((32, 32), (16, 32), (40, 24))),
-        image=noise(choice.getrandbits(8)) if choice.random() < 0.2 else None,
-        strength=1.0,
-    )
-
-
-def same(ours: list[sm.Result], theirs: list[sm.Result]) -> None:
-    for one, other in zip(ours, theirs, strict=True):
-        assert np.array_equal(one.tokens, other.tokens)
-        assert one.seeds == other.seeds
-        for picture, wanted in zip(one.images, other.images, strict=True):
-            assert np.abs(np.asarray(picture).astype(int) - np.asarray(wanted)).max() <= 1
 
 
 def test_a_bank_draws_any_mixed_batch(pipe: sm.Pipeline, bank: Path) -> None:
