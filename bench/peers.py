@@ -97,8 +97,10 @@ class Job:
         who = OURS if name in ("reference", "triton") else f"{OURS} with ONNX Runtime"
         return self.contestant(who, DTYPES[dtype] if isinstance(dtype, str) else dtype, draw, styles)
 
-    def diffusers(self, who: str, pipe: Any, dtype: torch.dtype, styles: Sequence[str] = ()) -> Contestant:
-        """diffusers' pipeline; a step ends where it calls back."""
+    def diffusers(
+        self, who: str, pipe: Any, dtype: torch.dtype, styles: Sequence[str] = (), **options: Any
+    ) -> Contestant:
+        """diffusers' pipeline, called with these options; a step ends where it calls back."""
 
         def draw(prompts: Sequence[str]) -> Drawn:
             ends: list[float] = []
@@ -114,6 +116,7 @@ class Job:
                 guidance_scale=SCALE,
                 generator=torch.Generator(self.device).manual_seed(1),
                 callback=ended,
+                **options,
             )
             measure.synchronize(self.device)
             total = time.perf_counter() - began
@@ -198,8 +201,8 @@ def onnx(job: Job) -> Iterator[list[Contestant]]:
 GROUPS = {"diffusers": diffusers, "compiled": compiled, "peft": peft, "onnx": onnx}
 
 
-def run(job: Job, contestants: Sequence[Contestant], repeats: int, numbers: Iterator[int]) -> list[dict[str, Any]]:
-    """Steps of all, in turns; our rows with the ratios to the others."""
+def turns(job: Job, contestants: Sequence[Contestant], repeats: int, numbers: Iterator[int]) -> list[dict[str, Any]]:
+    """Steps of all, in turns."""
     drawn: dict[str, list[Drawn]] = {each.name: [] for each in contestants}
 
     def draw(contestant: Contestant) -> None:
@@ -215,6 +218,12 @@ def run(job: Job, contestants: Sequence[Contestant], repeats: int, numbers: Iter
         row |= {"step": measure.series(value for one in taken for value in one["step"])}
         row |= {"total": measure.series(one["total"][0] for one in taken)}
         rows.append(row | {"cpu": measure.series(clock[each.name]["cpu"])})
+    return rows
+
+
+def run(job: Job, contestants: Sequence[Contestant], repeats: int, numbers: Iterator[int]) -> list[dict[str, Any]]:
+    """Steps of all, in turns; our rows with the ratios to the others."""
+    rows = turns(job, contestants, repeats, numbers)
     for row in rows:
         if row["who"].startswith(OURS):
             row["times_as_long"] = {

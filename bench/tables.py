@@ -13,7 +13,7 @@ from typing import Any
 
 import stylemuse as sm
 
-from . import targets
+from . import networks, targets
 from .arguments import Arguments
 from .report import read
 
@@ -86,12 +86,36 @@ def adapters(results: Path) -> str:
     return table(["", ""], rows)
 
 
+def onnx(results: Path) -> str:
+    """Exported folders: how they agree with the model they were made from, what they take, how fast they step."""
+    rows = []
+    for model in networks.MODELS:
+        path = results / f"onnx-{model}-{MACHINE}.json"
+        if not path.exists():
+            continue
+        document = read(path)
+        steps = {(row.get("form"), row["dtype"]): row for row in document["step"]}
+        for row in document["load"]:
+            step, agreement = steps[row["form"], row["dtype"]], row["agreement"]
+            rows.append([model, row["form"], row["dtype"], f"{row['bytes'] / 1e6:,.0f} MB", _span(row["wall"]["p50"])])
+            rows[-1] += [f"{agreement['tokens']:.2%}", f"{agreement['picture_error']:.2f}"]
+            rows[-1] += [_times(step.get("to_fused")), _times(step["times_as_long"].get("diffusers, float32"))]
+    columns = ["model", "form", "precision", "on disk", "load", "tokens alike", "picture error, of 255"]
+    return table([*columns, "step, to fused", "diffusers in fp32, to it"], rows)
+
+
 _OURS = {
     "stylemuse, float32": "to ours in fp32",
     "stylemuse, bfloat16": "to ours in bf16",
     "stylemuse with ONNX Runtime, float32": "to ours in ONNX Runtime, fp32",
 }
-TABLES: Mapping[str, Callable[[Path], str]] = {"parity": parity, "aims": aims, "peers": peers, "adapters": adapters}
+TABLES: Mapping[str, Callable[[Path], str]] = {
+    "parity": parity,
+    "aims": aims,
+    "peers": peers,
+    "adapters": adapters,
+    "onnx": onnx,
+}
 
 
 def rendered(text: str, results: Path = RESULTS) -> str:

@@ -61,6 +61,14 @@ def _times(who: str, other: str, **facts: Any) -> Callable[[Documents], float | 
     return value
 
 
+def _to_fused(dtype: str) -> Callable[[Documents], float | None]:
+    def value(documents: Documents) -> float | None:
+        found = rows(documents, "step", model="amused-256", dtype=dtype)
+        return _worst((row["to_fused"] for row in found if "to_fused" in row), False)
+
+    return value
+
+
 def _to_base(adapters: str, **facts: Any) -> Callable[[Documents], float | None]:
     def value(documents: Documents) -> float | None:
         found = rows(documents, "step", adapters=adapters, **facts)
@@ -155,6 +163,14 @@ CPU = (
         "C1", "bf16 step, to diffusers in bf16", 1.03, " x", True, _times("stylemuse", "diffusers, bfloat16", **_MINE)
     ),
     Target(
+        "C2",
+        "ONNX step in int8, to diffusers in fp32",
+        3.5,
+        " x",
+        True,
+        _times("stylemuse with ONNX Runtime", "diffusers, float32", dtype="int8", form="fused", model="amused-256"),
+    ),
+    Target(
         "C3",
         "ONNX step in fp32, to a plain export",
         1.1,
@@ -173,6 +189,8 @@ CPU = (
         False,
         _serve("to_base", False, scenario="round", where="server", requests=8, styles=8),
     ),
+    Target("C5", "styles as inputs of ONNX graphs, to merged, fp32", 1.05, " x", False, _to_fused("float32")),
+    Target("C5", "styles as inputs of ONNX graphs, to merged, int8", 1.05, " x", False, _to_fused("int8")),
     Target("C6", "change to a resident style", 1e-3, "s", False, _swap("resident")),
     Target("C6", "change to a resident style while an engine draws", 1e-3, "s", False, _swap("resident, under load")),
     Target("C7", "head, guidance, draw, re-masking in a step", 0.04, "%", False, _sampling_share("cpu")),

@@ -43,8 +43,9 @@ def activations_of(x: Array) -> Array:
 
 
 def products(graph: Graph) -> dict[str, NodeProto]:
-    """The matrix products with a weight, by name."""
-    return {node.name: node for node in graph.nodes if node.op_type == "MatMul" and node.input[1] in graph.weights}
+    """The matrix products with a weight of the model, by name; what a caller may override is an adapter's."""
+    fixed = graph.weights.keys() - {value.name for value in graph.inputs}
+    return {node.name: node for node in graph.nodes if node.op_type == "MatMul" and node.input[1] in fixed}
 
 
 def sensitivity(

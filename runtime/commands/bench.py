@@ -17,6 +17,7 @@ MEASUREMENTS = {
     "step": ("steps", "latency per decoding step and its parts, beside the floor"),
     "adapters": ("adapters", "what mixing styles in a batch costs, and what changing them costs"),
     "peers": ("peers", "the same pictures with diffusers, torch.compile, PEFT and ONNX Runtime"),
+    "onnx": ("exports", "exported folders of every form and precision: size, load, agreement, steps"),
     "kernels": ("kernels", "each operation as a Triton kernel, in torch, compiled, and the roof"),
     "compiled": ("compiled", "what the Triton kernels take of each chip, compiled without a GPU"),
     "gpu": ("gpu", "all that a GPU has to answer, in one command"),
