@@ -11,10 +11,15 @@ _ROOT_HALF = constant(0.7071067811865476)
 
 @jit
 def multiply(a: tl.tensor, b: tl.tensor, accumulator: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
-    """accumulator + a b in fp32; PRECISION says how fp32 operands are multiplied (`tuning.precision`)."""
-    if _WIDEN:
+    """accumulator + a b: in int32 of int8 numbers, else in fp32.
+
+    PRECISION says how fp32 operands are multiplied (`tuning.precision`). Hopper's matrix units add fp8 products with
+    about 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2), so there each tile's sum is added outside of them.
+    """
+    if _WIDEN and accumulator.dtype == tl.float32:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+    INEXACT: tl.constexpr = a.shape[1] if a.dtype.is_fp8() else 0
+    return tl.dot(a, b, accumulator, input_precision=PRECISION, max_num_imprecise_acc=INEXACT)
 
 
 @jit

@@ -26,20 +26,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .device import gelu, multiply
+from .device import multiply
 from .dispatch import REFERENCE, Kernels, constant, forward_only, jit, operator, tl
-from .norm import Kind, Norm, modulate
+from .epilogue import finished, followed, place, raised
+from .norm import Kind, Norm, normed, statistics
 from .rows import LowRank, RowSlots
 from .tuning import INTERPRETER, Call, Launch, Specimen, ceil_div, family, named_strides, pick, power_of_two, precision
 
 Activation = Literal["none", "gelu", "geglu"]
-_NARROW = constant(16)
+NARROW = constant(16)
 """Ranks up to this take a loop of this width, the narrowest of the matrix units."""
 
 
@@ -55,7 +56,11 @@ def linear_reference(
     Products are batched over the rows of a slot, so that each has the shape it has for a row alone, and are added where
     they belong: on a CPU it is the passes over y that cost, not the arithmetic.
     """
-    y = F.linear(x, weight, bias)
+    return add_pairs(F.linear(x, weight, bias), x, adapter, rows)
+
+
+def add_pairs(y: Tensor, x: Tensor, adapter: LowRank | None, rows: RowSlots | None) -> Tensor:
+    """y plus the low-rank pair of each row's slot, in place; y is needed by nobody else."""
     if adapter is None or rows is None:
         return y
     parts, outputs = adapter.up.shape[1], adapter.up.shape[3]
@@ -76,18 +81,6 @@ def linear_reference(
             target = y[run, :, part * outputs : (part + 1) * outputs]
             target.baddbmm_(hidden[:, :, part * rank : (part + 1) * rank], up)
     return y
-
-
-def _followed(y: Tensor, activation: str, residual: Tensor | None, modulation: Tensor | None) -> Tensor:
-    """What comes after the projection, in plain torch."""
-    if activation == "gelu":
-        y = F.gelu(y)
-    elif activation == "geglu":
-        value, gate = y.chunk(2, dim=-1)
-        y = value * F.gelu(gate)
-    if residual is not None:
-        y = residual + y
-    return y if modulation is None else modulate(y, modulation)
 
 
 def choices(architecture: str, dtype: torch.dtype, outputs: int, activation: str) -> tuple[Launch, ...]:
@@ -118,36 +111,7 @@ def _launch(tokens: int, outputs: int, inputs: int, warps: int, stages: int) -> 
 
 
 @jit
-def _statistics(
-    x: tl.tensor,
-    x_input: tl.tensor,
-    token_inside: tl.tensor,
-    epsilon: tl.tensor,
-    CENTRED: tl.constexpr,
-    INPUTS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_INPUTS: tl.constexpr,
-) -> tl.tuple:
-    """Of the tokens x points to: the mean to be taken off, 0 unless CENTRED, and one over the spread."""
-    mean = tl.zeros((BLOCK_TOKENS,), tl.float32)
-    if CENTRED:
-        for first in range(0, INPUTS, BLOCK_INPUTS):
-            places = first + tl.arange(0, BLOCK_INPUTS)
-            inside = token_inside[:, None] & (places < INPUTS)[None, :]
-            mean += tl.sum(tl.load(x[:, None] + places[None, :] * x_input, inside, 0.0).to(tl.float32), 1)
-        mean = mean / INPUTS
-    square = tl.zeros((BLOCK_TOKENS,), tl.float32)
-    for first in range(0, INPUTS, BLOCK_INPUTS):
-        places = first + tl.arange(0, BLOCK_INPUTS)
-        inside = token_inside[:, None] & (places < INPUTS)[None, :]
-        value = tl.load(x[:, None] + places[None, :] * x_input, inside, 0.0).to(tl.float32)
-        value = tl.where(inside, value - mean[:, None], 0.0)
-        square += tl.sum(value * value, 1)
-    return mean, 1.0 / tl.sqrt(square / INPUTS + epsilon)
-
-
-@jit
-def _products(
+def products(
     base: tl.tuple,
     adapter: tl.tuple,
     norm: tl.tuple,
@@ -173,11 +137,11 @@ def _products(
     """
     x, weight, gate = base
     down, up, gate_up, scale, rank = adapter
-    mean, inverse, norm_weight, norm_gain, norm_shift = norm
     x_input, weight_input, down_input, norm_input, gain_input, down_lane, up_lane = steps
     lanes = tl.arange(0, max(RANK, 1))
     lane_inside = lanes < rank
-    value = tl.zeros((BLOCK_TOKENS, BLOCK_OUTPUTS), tl.float32)
+    ACCUMULATOR: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
+    value = tl.zeros((BLOCK_TOKENS, BLOCK_OUTPUTS), ACCUMULATOR)
     gated = value
     hidden = tl.zeros((BLOCK_TOKENS, max(RANK, 1)), tl.float32)
     for first in range(0, INPUTS, BLOCK_INPUTS):
@@ -189,13 +153,7 @@ def _products(
             down_inside = down_inside & inside[:, None]
         x_tile = tl.load(x[:, None] + places[None, :] * x_input, x_inside, 0.0)
         if NORMED:
-            wide = (x_tile.to(tl.float32) - mean[:, None]) * inverse[:, None]
-            wide *= tl.load(norm_weight + places * norm_input, places < INPUTS, 0.0).to(tl.float32)[None, :]
-            if MODULATED:
-                gain = tl.load(norm_gain + places * gain_input, places < INPUTS, 0.0).to(tl.float32)
-                shift = tl.load(norm_shift + places * gain_input, places < INPUTS, 0.0).to(tl.float32)
-                wide = wide * gain[None, :] + shift[None, :]
-            x_tile = wide.to(x.dtype.element_ty)
+            x_tile = normed(x_tile, norm, (norm_input, gain_input), places, MODULATED, INPUTS)
         weight_tile = tl.load(weight[None, :] + places[:, None] * weight_input, weight_inside, 0.0)
         value = multiply(x_tile, weight_tile, value, PRECISION)
         if GATED:
@@ -206,12 +164,9 @@ def _products(
             hidden = multiply(x_tile, tl.load(down_at, down_inside, 0.0), hidden, PRECISION)
     if RANK > 0:
         scaled = (hidden * scale).to(up.dtype.element_ty)
-        up_inside = lane_inside[:, None] & column_inside[None, :]
-        up_tile = tl.load(up[None, :] + lanes[:, None] * up_lane, up_inside, 0.0)
-        value = multiply(scaled, up_tile, value, PRECISION)
+        value = raised(value, scaled, up, up_lane, lane_inside, column_inside, PRECISION)
         if GATED:
-            gate_up_tile = tl.load(gate_up[None, :] + lanes[:, None] * up_lane, up_inside, 0.0)
-            gated = multiply(scaled, gate_up_tile, gated, PRECISION)
+            gated = raised(gated, scaled, gate_up, up_lane, lane_inside, column_inside, PRECISION)
     return value, gated
 
 
@@ -269,12 +224,7 @@ def _linear_kernel(
 ) -> None:
     """A tile of one row's tokens and one part's outputs; `outputs` are a part's own, those of the value where gated."""
     GATED: tl.constexpr = ACTIVATION == "geglu"
-    row_tiles = tl.cdiv(tokens, BLOCK_TOKENS)
-    part_tiles = tl.cdiv(outputs, BLOCK_OUTPUTS)
-    row = (tl.program_id(0) // row_tiles).to(tl.int64)
-    part = tl.program_id(1) // part_tiles
-    token = (tl.program_id(0) % row_tiles) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    column = (tl.program_id(1) % part_tiles) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    row, part, token, column = place(tokens, outputs, BLOCK_TOKENS, BLOCK_OUTPUTS)
     token_inside, column_inside = token < tokens, column < outputs
     output = part * outputs + column
 
@@ -287,12 +237,12 @@ def _linear_kernel(
         gain_at = norm_weight
         if MODULATED:
             gain_at = norm_modulation + row * gain_row
-        mean, inverse = _statistics(
+        mean, inverse = statistics(
             base[0], x_input, token_inside, epsilon, NORM == "layer", INPUTS, BLOCK_TOKENS, BLOCK_INPUTS
         )
         norm = (mean, inverse, norm_weight, gain_at, gain_at + gain_side)
     if RANK == 0:
-        value, gate = _products(
+        value, gate = products(
             base, (weight, weight, weight, 0.0, 0), norm, (x_input, weight_input, 0, norm_input, gain_input, 0, 0),
             token_inside, column_inside,
             0, GATED, NORMED, MODULATED, INPUTS, PRECISION, BLOCK_TOKENS, BLOCK_OUTPUTS, BLOCK_INPUTS,
@@ -305,37 +255,27 @@ def _linear_kernel(
         adapter = (down_at, up_at, up_at + outputs * up_output, tl.load(scales + row), rank)
         steps = (x_input, weight_input, down_input, norm_input, gain_input, down_lane, up_lane)
         if rank == 0:
-            value, gate = _products(
+            value, gate = products(
                 base, adapter, norm, steps, token_inside, column_inside,
                 0, GATED, NORMED, MODULATED, INPUTS, PRECISION, BLOCK_TOKENS, BLOCK_OUTPUTS, BLOCK_INPUTS,
             )  # fmt: skip
-        elif rank <= _NARROW:
-            value, gate = _products(
+        elif rank <= NARROW:
+            value, gate = products(
                 base, adapter, norm, steps, token_inside, column_inside,
-                _NARROW, GATED, NORMED, MODULATED, INPUTS, PRECISION, BLOCK_TOKENS, BLOCK_OUTPUTS, BLOCK_INPUTS,
+                NARROW, GATED, NORMED, MODULATED, INPUTS, PRECISION, BLOCK_TOKENS, BLOCK_OUTPUTS, BLOCK_INPUTS,
             )  # fmt: skip
         else:
-            value, gate = _products(
+            value, gate = products(
                 base, adapter, norm, steps, token_inside, column_inside,
                 RANK, GATED, NORMED, MODULATED, INPUTS, PRECISION, BLOCK_TOKENS, BLOCK_OUTPUTS, BLOCK_INPUTS,
             )  # fmt: skip
 
-    if bias is not None:
-        value += tl.load(bias + output, column_inside, 0.0).to(tl.float32)[None, :]
-        gate += tl.load(bias + outputs + output, column_inside & GATED, 0.0).to(tl.float32)[None, :]
-    if ACTIVATION == "gelu":
-        value = gelu(value)
-    if GATED:
-        value = value * gelu(gate)
+    strides = (residual_row, residual_token, residual_output, modulation_row, modulation_side, modulation_output)
+    value = finished(
+        value, gate, (bias, residual, modulation), strides, row, token, output, outputs,
+        token_inside, column_inside, ACTIVATION,
+    )  # fmt: skip
     inside = token_inside[:, None] & column_inside[None, :]
-    if residual is not None:
-        at = residual + row * residual_row + token[:, None] * residual_token + output[None, :] * residual_output
-        value += tl.load(at, inside, 0.0).to(tl.float32)
-    if modulation is not None:
-        factor_at = modulation + row * modulation_row + output * modulation_output
-        factor = tl.load(factor_at, column_inside, 0.0).to(tl.float32)
-        addend = tl.load(factor_at + modulation_side, column_inside, 0.0).to(tl.float32)
-        value = value * factor[None, :] + addend[None, :]
     tl.store(y + row * y_row + token[:, None] * y_token + output[None, :], value.to(y.dtype.element_ty), inside)
 
 
@@ -391,40 +331,72 @@ def _call(
     return Call(_linear_kernel, arguments, constants, grid)
 
 
-def _output(x: Tensor, weight: Tensor, activation: str) -> Tensor:
-    """An empty y."""
-    return x.new_empty(x.shape[0], x.shape[1], weight.shape[0] // (2 if activation == "geglu" else 1))
-
-
-@operator(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, Tensor? ranks, Tensor? slots, "
-    "Tensor? scales, Tensor? residual, Tensor? modulation, Tensor? norm_weight, Tensor? norm_modulation, "
-    "float epsilon, str norm, str activation) -> Tensor",
-    fake=lambda x, weight, *rest: _output(x, weight, rest[-1]),
+PACKED = (
+    "Tensor? down, Tensor? up, Tensor? ranks, Tensor? slots, Tensor? scales, Tensor? norm_weight, "
+    "Tensor? norm_modulation, float epsilon, str norm"
 )
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+"""Adapter, rows and norm in an operator's schema."""
+
+
+def packed(x: Tensor, adapter: LowRank | None, rows: RowSlots | None, norm: Norm | None) -> tuple[Any, ...]:
+    """As an operator takes them."""
+    stacks: tuple[Tensor | None, ...] = (None,) * 5
+    if adapter is not None and rows is not None:
+        assert rows.slots.shape[0] == x.shape[0], "one slot per row"
+        stacks = (adapter.down, adapter.up, adapter.ranks, rows.slots, rows.scales)
+    before = (None, None, 0.0, "none") if norm is None else (norm.weight, norm.modulation, norm.epsilon, norm.kind)
+    return *stacks, *before
+
+
+def unpacked(
     down: Tensor | None,
     up: Tensor | None,
     ranks: Tensor | None,
     slots: Tensor | None,
     scales: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_modulation: Tensor | None,
+    epsilon: float,
+    norm: Kind | Literal["none"],
+) -> tuple[LowRank | None, RowSlots | None, Norm | None]:
+    """What `packed` was given."""
+    adapter, rows, before = None, None, None
+    if down is not None and up is not None and ranks is not None and slots is not None and scales is not None:
+        adapter, rows = LowRank(down, up, ranks), RowSlots(slots, scales)
+    if norm_weight is not None and norm != "none":
+        before = Norm(norm_weight, epsilon, norm, norm_modulation)
+    return adapter, rows, before
+
+
+def empty_output(x: Tensor, weight: Tensor, activation: str) -> Tensor:
+    """An empty y."""
+    return x.new_empty(x.shape[0], x.shape[1], weight.shape[0] // (2 if activation == "geglu" else 1))
+
+
+@operator(
+    f"linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? modulation, {PACKED}, str activation) "
+    "-> Tensor",
+    fake=lambda x, weight, *rest: empty_output(x, weight, rest[-1]),
+)
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     residual: Tensor | None,
     modulation: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    ranks: Tensor | None,
+    slots: Tensor | None,
+    scales: Tensor | None,
     norm_weight: Tensor | None,
     norm_modulation: Tensor | None,
     epsilon: float,
     norm: Kind | Literal["none"],
     activation: str,
 ) -> Tensor:
-    y, adapter, rows = _output(x, weight, activation), None, None
-    if down is not None and up is not None and ranks is not None and slots is not None and scales is not None:
-        adapter, rows = LowRank(down, up, ranks), RowSlots(slots, scales)
-    before = None
-    if norm_weight is not None and norm != "none":
-        before = Norm(norm_weight, epsilon, norm, norm_modulation)
+    y = empty_output(x, weight, activation)
+    adapter, rows, before = unpacked(down, up, ranks, slots, scales, norm_weight, norm_modulation, epsilon, norm)
     outputs, inputs = weight.shape
     problem = f"{outputs} x {inputs} {norm} {activation} {str(x.dtype).removeprefix('torch.')}"
     architecture = family(x.device)
@@ -452,16 +424,9 @@ def linear(
         x, norm = norm.apply(x, kernels), None
     if "linear" not in kernels.triton:
         y = linear_reference(x, weight, bias, adapter, rows)
-        return _followed(y, activation, residual, modulation)
+        return followed(y, activation, residual, modulation)
     forward_only(x, weight, bias, residual, modulation)
-    stacks: tuple[Tensor | None, ...] = (None,) * 5
-    if adapter is not None and rows is not None:
-        assert rows.slots.shape[0] == x.shape[0], "one slot per row"
-        stacks = (adapter.down, adapter.up, adapter.ranks, rows.slots, rows.scales)
-    before = (None, None, 0.0, "none")
-    if norm is not None:
-        before = (norm.weight, norm.modulation, norm.epsilon, norm.kind)  # type: ignore[assignment]
-    return _linear(x, weight, bias, *stacks, residual, modulation, *before, activation)
+    return _linear(x, weight, bias, residual, modulation, *packed(x, adapter, rows, norm), activation)
 
 
 def specimens(architecture: str) -> Iterator[Specimen]:
@@ -480,7 +445,7 @@ def specimens(architecture: str) -> Iterator[Specimen]:
         empty = partial(torch.empty, dtype=dtype, device="meta")
         for what, parts, outputs, kind, activation, follows in shapes:
             x, weight = empty(2, 256, width), empty(parts * outputs, width)
-            y = _output(x, weight, activation)
+            y = empty_output(x, weight, activation)
             residual, modulation = (y, empty(2, 2, outputs)) if follows else (None, None)
             own_gain = empty(2, 2, width) if "modulated" in kind else None
             norm = Norm(empty(width), 1e-6, "layer" if "layer" in kind else "rms", own_gain) if kind else None

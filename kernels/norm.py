@@ -8,7 +8,8 @@ x (R, N, D), w (D,), modulation (R, 2, D) holding gain and shift -> (R, N, D), w
 and both means are taken in fp32. With modulation this is the adaptive norm of diffusers' `AdaLayerNormContinuous`.
 
 The kernel: a program keeps whole tokens in registers, so that x is read once and y written once, with one rounding;
-norm and modulation apart read and write T D numbers twice. `linear` can take a `Norm` along. Not measured on a GPU yet.
+norm and modulation apart read and write T D numbers twice. Projections can take a `Norm` along, by `statistics` and
+`normed`. Not measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -107,6 +108,61 @@ def _norm_kernel(
         value = value * gain[None, :] + shift[None, :]
     y_at = y + row * y_row + token[:, None] * y_token + channel[None, :]
     tl.store(y_at, value.to(y.dtype.element_ty), inside)
+
+
+@jit
+def statistics(
+    x: tl.tensor,
+    x_input: tl.tensor,
+    token_inside: tl.tensor,
+    epsilon: tl.tensor,
+    CENTRED: tl.constexpr,
+    INPUTS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+) -> tl.tuple:
+    """Of the tokens x points to: the mean to be taken off, 0 unless CENTRED, and one over the spread."""
+    mean = tl.zeros((BLOCK_TOKENS,), tl.float32)
+    if CENTRED:
+        for first in range(0, INPUTS, BLOCK_INPUTS):
+            places = first + tl.arange(0, BLOCK_INPUTS)
+            inside = token_inside[:, None] & (places < INPUTS)[None, :]
+            mean += tl.sum(tl.load(x[:, None] + places[None, :] * x_input, inside, 0.0).to(tl.float32), 1)
+        mean = mean / INPUTS
+    square = tl.zeros((BLOCK_TOKENS,), tl.float32)
+    for first in range(0, INPUTS, BLOCK_INPUTS):
+        places = first + tl.arange(0, BLOCK_INPUTS)
+        inside = token_inside[:, None] & (places < INPUTS)[None, :]
+        value = tl.load(x[:, None] + places[None, :] * x_input, inside, 0.0).to(tl.float32)
+        value = tl.where(inside, value - mean[:, None], 0.0)
+        square += tl.sum(value * value, 1)
+    return mean, 1.0 / tl.sqrt(square / INPUTS + epsilon)
+
+
+@jit
+def normed(
+    tile: tl.tensor,
+    norm: tl.tuple,
+    strides: tl.tuple,
+    places: tl.tensor,
+    MODULATED: tl.constexpr,
+    INPUTS: tl.constexpr,
+) -> tl.tensor:
+    """A tile of x at the inputs `places`, normed, in x's number format.
+
+    norm: the tokens' statistics, pointers to the norm's weight and to the row's gain and shift. strides: of an input in
+    the norm's weight and in the gain.
+    """
+    mean, inverse, weight, gain_at, shift_at = norm
+    weight_input, gain_input = strides
+    inside = places < INPUTS
+    wide = (tile.to(tl.float32) - mean[:, None]) * inverse[:, None]
+    wide *= tl.load(weight + places * weight_input, inside, 0.0).to(tl.float32)[None, :]
+    if MODULATED:
+        gain = tl.load(gain_at + places * gain_input, inside, 0.0).to(tl.float32)
+        shift = tl.load(shift_at + places * gain_input, inside, 0.0).to(tl.float32)
+        wide = wide * gain[None, :] + shift[None, :]
+    return wide.to(tile.dtype)
 
 
 def _call(x: Tensor, weight: Tensor, epsilon: float, kind: str, modulation: Tensor | None, y: Tensor) -> Call:
