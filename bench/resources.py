@@ -107,7 +107,7 @@ def _faults(
         yield f"{shared} bytes of shared memory, {SHARED_MEMORY[architecture]} are there"
     if specimen.matrix and "float32" not in specimen.name:
         units = MATRIX_UNITS[architecture]
-        if next(iter(launch.tiles.values())) >= _LEAST_ROWS:
+        if specimen.newest and next(iter(launch.tiles.values())) >= _LEAST_ROWS:
             units = NEWEST_UNITS.get(architecture, units)
         if not re.search(units, text):
             yield f"no instruction of the matrix units ({units})"

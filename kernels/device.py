@@ -19,7 +19,8 @@ def multiply(a: tl.tensor, b: tl.tensor, accumulator: tl.tensor, PRECISION: tl.c
     if _WIDEN and accumulator.dtype == tl.float32:
         a, b = a.to(tl.float32), b.to(tl.float32)
     INEXACT: tl.constexpr = a.shape[1] if a.dtype.is_fp8() else 0
-    return tl.dot(a, b, accumulator, input_precision=PRECISION, max_num_imprecise_acc=INEXACT)
+    OUT: tl.constexpr = accumulator.dtype
+    return tl.dot(a, b, accumulator, PRECISION, max_num_imprecise_acc=INEXACT, out_dtype=OUT)
 
 
 @jit

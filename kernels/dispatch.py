@@ -38,7 +38,10 @@ __all__ = [
     "triton_kernels",
 ]
 
-OPERATIONS = ("linear", "attention", "bottleneck", "norm", "norm_in_linear", "response_norm", "depthwise_norm")
+OPERATIONS = (
+    "linear", "quantized_linear", "attention", "bottleneck", "norm", "norm_in_linear", "response_norm",
+    "depthwise_norm",
+)  # fmt: skip
 """The operations of a network that have a Triton kernel; "norm_in_linear" is the norm taken along by a projection."""
 
 STEP = "decoding_step"

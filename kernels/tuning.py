@@ -43,7 +43,10 @@ FAMILIES = ("sm_80", "sm_90", "sm_100", "gfx942")
 INTERPRETER = "interpreter"
 """The family of a CPU, where kernels only run interpreted."""
 
-MODULES = ("linear", "bottleneck", "attention", "norm", "response_norm", "depthwise", "decoding_step")
+MODULES = (
+    "linear", "quantization", "quantized_linear", "bottleneck", "attention", "norm", "response_norm", "depthwise",
+    "decoding_step",
+)  # fmt: skip
 """The files with kernels."""
 
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -57,6 +60,8 @@ _TYPES = {
     torch.int32: "i32",
     torch.bool: "i1",
     torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.float8_e4m3fn: "fp8e4nv",
 }
 
 
@@ -129,13 +134,15 @@ class Specimen:
     """One way a kernel is compiled, with all launches that may be chosen for it, the default first.
 
     `name` tells the kernel, what is computed and the number format, say "linear q,k,v with adapter, bfloat16". A
-    `matrix` kernel must use the chip's matrix units where its number format is not fp32.
+    `matrix` kernel must use the chip's matrix units where its number format is not fp32; the `newest` of them where
+    its tiles are large enough, unless Triton has none for the format.
     """
 
     name: str
     call: Call
     launches: tuple[Launch, ...]
     matrix: bool
+    newest: bool = True
 
 
 def specimens(family: str) -> Iterator[Specimen]:
