@@ -147,6 +147,8 @@ def _draw_kernel(
     hidden_row: tl.tensor,
     hidden_place: tl.tensor,
     weight_code: tl.tensor,
+    rows_picture: tl.tensor,
+    weights_step: tl.tensor,
     schedule: tl.tensor,
     positions: tl.tensor,
     plane: tl.tensor,
@@ -180,8 +182,8 @@ def _draw_kernel(
     shares: tl.tuple = ()
     widths: tl.tuple = ()
     for branch in tl.static_range(BRANCHES):
-        share = tl.load(weights + now * BRANCHES + branch)
-        row = tl.load(rows + picture * BRANCHES + branch).to(tl.int64)
+        share = tl.load(weights + now * weights_step + branch)
+        row = tl.load(rows + picture * rows_picture + branch).to(tl.int64)
         sources += (hidden + row * hidden_row + place * hidden_place,)
         shares += (share,)
         widths += (tl.where(share != 0.0, INPUTS, 0),)
@@ -243,6 +245,7 @@ def _reveal_kernel(
     places: tl.tensor,
     drawn: tl.tensor,
     inputs: tl.tensor,
+    rows_picture: tl.tensor,
     schedule: tl.tensor,
     positions: tl.tensor,
     spans: tl.tensor,
@@ -297,7 +300,7 @@ def _reveal_kernel(
     tl.store(places + picture * positions + order, place, again)
     tl.store(drawn + picture * positions + place, token, live)
     for branch in tl.static_range(BRANCHES):
-        row = tl.load(rows + picture * BRANCHES + branch)
+        row = tl.load(rows + picture * rows_picture + branch)
         seen = inputs + row.to(tl.int64) * positions + place
         tl.store(seen, tl.where(again, mask_id, token), live & (entry * 0 + row >= 0))
     tl.store(counts + picture, wanted)
@@ -324,15 +327,24 @@ def calls(
     assert schedules.masked_after.shape == schedules.token_temperature.shape == (pictures, steps)
     assert schedules.choice_temperature.shape == (pictures, steps)
     stated = [getattr(each, name) for each in (canvases, schedules) for name in each.__dataclass_fields__]
-    assert all(tensor.is_contiguous() for tensor in stated)
+    # Branches may be the front of more.
+    packed = [tensor for tensor in stated if tensor is not canvases.rows and tensor is not schedules.weights]
+    assert all(tensor.is_contiguous() for tensor in packed)
+    assert canvases.rows.stride(1) == schedules.weights.stride(2) == 1, "branches lie side by side"
+    assert pictures == 1 or schedules.weights.stride(0) == steps * schedules.weights.stride(1)
 
     partials = torch.empty(4, pictures, spans, positions, device=hidden.device)
     shared: dict[str, Tensor | int] = {
         "partials": partials, "rows": canvases.rows, "seeds": canvases.seeds, "steps": canvases.steps,
         "counts": canvases.counts, "places": canvases.places, "schedule": steps, "positions": positions,
-        "plane": partials.stride(0),
+        "plane": partials.stride(0), "rows_picture": canvases.rows.stride(0),
     }  # fmt: skip
-    strides = {"hidden_row": hidden.stride(0), "hidden_place": hidden.stride(1), "weight_code": weight.stride(0)}
+    strides = {
+        "weights_step": schedules.weights.stride(1),
+        "hidden_row": hidden.stride(0),
+        "hidden_place": hidden.stride(1),
+        "weight_code": weight.stride(0),
+    }
     draw = Call(
         _draw_kernel,
         {"hidden": hidden, "weight": weight, "bias": bias, "weights": schedules.weights,

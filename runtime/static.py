@@ -2,7 +2,8 @@
 
 A row's conditioning, adapter slot and scale are written into its place; adapters are those of the whole bank, so a
 forward pass reads whichever slots the rows name at that time. A style that is swapped in, or another prompt, changes
-numbers in memory and no launch.
+numbers in memory and no launch. What a launch does depend on is which *kinds* of layers have an adapter in some row
+(say, the fused q, k, v, or the bottlenecks after the MLP): a layer without is launched as for the base.
 """
 
 from __future__ import annotations
@@ -23,12 +24,11 @@ class StaticRows:
         self._network, self._grid = network, grid
         self._slots = torch.full((rows,), BASE, device=network.device)
         self._scales = torch.ones(rows, device=network.device)
+        self._kinds: list[frozenset[str]] = [frozenset()] * rows
         blank = network.context(network.text(""), grid)
         self._conditioning: Conditioning = {
             name: value.repeat(rows, *[1] * (value.ndim - 1)) for name, value in blank.conditioning.items()
         }
-        weight = network.transformer.mlm_layer.conv2.weight
-        self._head = weight.detach().flatten(1)
 
     @property
     def mask_id(self) -> int:
@@ -45,22 +45,42 @@ class StaticRows:
         """The reference reads slots on the host, so it can't be captured."""
         return "linear" in self.kernels.triton
 
-    def head(self) -> tuple[Tensor, None]:
-        """(V, D), without bias."""
-        return self._head, None
+    @property
+    def variant(self) -> frozenset[str]:
+        """The kinds of layers that some row's adapter has something at."""
+        return frozenset().union(*self._kinds)
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """(V, D), and a bias where there is one."""
+        return self._network.transformer.head()
 
     def seat(self, row: int, context: Context) -> None:
         """Write a context's numbers into a row."""
         assert context.grid == self._grid
-        for name, value in context.conditioning.items():
-            self._conditioning[name][row] = value[0]
+        # All of them in a launch or two, for there are a hundred.
+        places = [self._conditioning[name][row] for name in context.conditioning]
+        torch._foreach_copy_(places, [value[0] for value in context.conditioning.values()])
         self._slots[row], self._scales[row] = context.slot, context.scale
+        if context.slot != BASE:
+            self._kinds[row] = frozenset(_kind(name) for name in self._network.bank.touched([context.slot]))
+
+    def vacate(self, row: int) -> None:
+        """Base from here on, so that nobody computes an adapter for nothing."""
+        self._slots[row], self._kinds[row] = BASE, frozenset()
 
     @torch.no_grad()
     def hidden(self, inputs: Tensor) -> Tensor:
-        """(R, N) tokens -> (R, N, D)."""
-        transformer = self._network.transformer
-        # Made anew each time: the reference groups rows by the slots it finds.
-        adapters = RowAdapters(RowSlots(self._slots, self._scales), self._network.bank.sites)
-        features = transformer.features(inputs.view(-1, *self._grid), self._conditioning, adapters)
+        """(r, N) tokens of the first rows -> (r, N, D)."""
+        transformer, rows, adapters = self._network.transformer, len(inputs), None
+        if kinds := self.variant:
+            sites = {name: site for name, site in self._network.bank.sites.items() if _kind(name) in kinds}
+            # Made anew each time: the reference groups rows by the slots it finds.
+            adapters = RowAdapters(RowSlots(self._slots[:rows], self._scales[:rows]), sites)
+        conditioning = {name: value[:rows] for name, value in self._conditioning.items()}
+        features = transformer.features(inputs.view(-1, *self._grid), conditioning, adapters)
         return transformer.readout(features.flatten(0, 1)).view(*inputs.shape, -1)
+
+
+def _kind(site: str) -> str:
+    """Of a place in the bank, the last part of its name: the layers have it in common."""
+    return site.rpartition(".")[2]

@@ -1,17 +1,21 @@
 """The loop on fixed buffers: one decoding step of a bucket of rows is one launch, and nothing waits for the device.
 
-A bucket has places for pictures and rows of the network. Every number of a step (schedule, weights, seeds, masked
-positions, and what `StaticNetwork.seat` keeps of a row's prompt and adapter) is read from tensors at addresses that
-never change. So a step is always the same launches with the same arguments: on a GPU they are captured once as a CUDA
-graph and replayed, anywhere else called. Pictures enter and leave between steps, with other styles and schedules; the
-graph stays. The equations are those of `loop`, `kernels.decoding_step` computes them.
+A bucket has rows of the network and as many places for pictures. Every number of a step (schedule, weights, seeds,
+masked positions, and what `StaticNetwork.seat` keeps of a row's prompt and adapter) is read from tensors at addresses
+that never change. So a step of the first ``n`` rows is always the same launches with the same arguments: on a GPU they
+are captured as a CUDA graph the first time, and replayed from then on; anywhere else they are called. Pictures enter
+and leave between steps, with other styles and schedules; the graphs stay. The equations are those of `loop`,
+`kernels.decoding_step` computes them. Only what a graph is made of has a graph of its own: how many rows (`size`), how
+many branches the draw adds up (`BRANCHES`), which layers have an adapter in any row (`StaticNetwork.variant`).
 
-An empty place has no masked positions: a step leaves it as it is, and costs it the rows it might have.
+A canvas takes a row for each of its branches, whatever their weights, and all positions are read out. A row without a
+picture is computed and seen by nobody, fewer than a fifth of all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +26,9 @@ from stylemuse.kernels.decoding_step import decoding_step
 from stylemuse.kernels.dispatch import Kernels
 
 from .loop import Canvas
+
+BRANCHES = (1, 2, 3, 5)
+"""Branches the draw is compiled for, beside the most a bucket takes: guidance with none, one and two more, objects."""
 
 
 class StaticNetwork(Protocol):
@@ -39,26 +46,53 @@ class StaticNetwork(Protocol):
     def capturable(self) -> bool:
         """Whether `hidden` is launches only, and reads what `seat` writes when it runs."""
 
+    @property
+    def variant(self) -> Hashable:
+        """What of `hidden` depends on who is seated; of a few values. The launches of a value are always the same."""
+
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight (V, D) and bias (V,) of the head."""
 
     def seat(self, row: int, context: Any) -> None:
         """Write what a row's context holds into that row's buffers, in place."""
 
+    def vacate(self, row: int) -> None:
+        """The row's context is not needed any more."""
+
     def hidden(self, inputs: Tensor) -> Tensor:
-        """(R, N) int64 tokens of all rows to (R, N, D), the normalized hidden states the head is affine in."""
+        """(r, N) int64 tokens of the first rows to (r, N, D), the normalized hidden states the head is affine in."""
+
+
+def size(rows: int) -> int:
+    """The rows a step computes for so many: at most 8, or four sizes to an octave, so that few graphs are captured."""
+    unit = 1 << max(0, (rows - 1).bit_length() - 3)
+    return -(-rows // unit) * unit
+
+
+@dataclass(frozen=True)
+class _Seat:
+    """Where a canvas is; ``tokens`` are what it was left with, others there mean that it was decoded elsewhere."""
+
+    canvas: Canvas
+    rows: tuple[int, ...]
+    tokens: Tensor
+
+    @property
+    def place(self) -> int:
+        """Of the picture: its first row's number."""
+        return self.rows[0]
 
 
 class Bucket:
-    """Places for pictures that are decoded together, of one size.
+    """Rows and places for pictures that are decoded together, of one size.
 
     Args:
         network: its rows are this bucket's alone.
         rows: of the network.
-        pictures: places; each takes as many rows as it has branches.
         branches, steps: the most of one picture.
         positions: of a picture, all of them alike.
         graph: False calls the launches one by one on a GPU too.
+        pool: memory that graphs share which never run at the same time; nothing in it outlives a step.
     """
 
     def __init__(
@@ -66,131 +100,150 @@ class Bucket:
         network: StaticNetwork,
         *,
         rows: int,
-        pictures: int,
         branches: int,
         steps: int,
         positions: int,
         device: torch.device,
         graph: bool = True,
+        pool: Any = None,
     ) -> None:
-        self.network = network
-        self._seated: dict[int, Canvas] = {}
-        self._free_rows, self._free_places = list(range(rows)), list(range(pictures))
+        self.network, self.rows, self.branches, self.steps = network, rows, branches, steps
+        self._seats: dict[int, _Seat] = {}
+        self._device, self._pool = device, pool
+        self._captured = graph and device.type == "cuda" and network.capturable
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
         self._canvases = Canvases(
-            seeds=zeros(pictures, dtype=torch.int64),
-            rows=zeros(pictures, branches) - 1,
-            steps=zeros(pictures),
-            counts=zeros(pictures),
-            places=zeros(pictures, positions),
-            tokens=zeros(pictures, positions, dtype=torch.int64),
+            seeds=zeros(rows, dtype=torch.int64),
+            rows=zeros(rows, branches) - 1,
+            steps=zeros(rows),
+            counts=zeros(rows),
+            places=zeros(rows, positions),
+            tokens=zeros(rows, positions, dtype=torch.int64),
             inputs=zeros(rows, positions, dtype=torch.int64),
         )
         self._schedules = Schedules(
-            masked_after=zeros(pictures, steps),
-            token_temperature=zeros(pictures, steps, dtype=torch.float32),
-            choice_temperature=zeros(pictures, steps, dtype=torch.float32),
-            weights=zeros(pictures, steps, branches, dtype=torch.float32),
-            raw_logit=zeros(pictures, dtype=torch.bool),
+            masked_after=zeros(rows, steps),
+            token_temperature=zeros(rows, steps, dtype=torch.float32),
+            choice_temperature=zeros(rows, steps, dtype=torch.float32),
+            weights=zeros(rows, steps, branches, dtype=torch.float32),
+            raw_logit=zeros(rows, dtype=torch.bool),
         )
-        captured = graph and device.type == "cuda" and network.capturable
-        self._graph = self._capture() if captured else None
 
-    def fits(self, canvas: Canvas) -> bool:
-        """Whether there is a place and enough rows, and the canvas is not beyond what the bucket was made for."""
-        _, steps, branches = self._schedules.weights.shape
-        return (
-            bool(self._free_places)
-            and len(canvas.weights) <= min(branches, len(self._free_rows))
-            and len(canvas.steps) <= steps
+    def fits(self, canvases: Sequence[Canvas]) -> bool:
+        """Whether there are rows for all of them at once, and none is beyond what the bucket was made for."""
+        return sum(len(canvas.contexts) for canvas in canvases) <= self.rows and all(
+            len(canvas.contexts) <= self.branches
+            and len(canvas.steps) <= self.steps
             and len(canvas.tokens) == self._canvases.tokens.shape[1]
+            for canvas in canvases
         )
 
-    def enter(self, canvas: Canvas) -> int:
-        """Seat a picture that `fits`; returns its place."""
-        assert self.fits(canvas)
+    @torch.no_grad()
+    def step(self, canvases: Sequence[Canvas]) -> list[tuple[Tensor, Tensor]]:
+        """One step of canvases that `fits`: tokens and unknown, (N,) each, of every one; they are left as they are.
+
+        Newcomers enter, and whoever is seated and not among them leaves. On a GPU it returns before the step is done.
+        """
+        assert self.fits(canvases)
+        rows = min(self.rows, size(sum(len(canvas.contexts) for canvas in canvases)))
+        self._seat(canvases, rows)
+        try:
+            self._run(rows)
+        except BaseException:
+            # How far the device came is not known; the canvases still stand where they stood.
+            self._leave(list(self._seats))
+            raise
+        tokens, unknown = self._canvases.tokens[:rows].clone(), self._canvases.inputs[:rows] == self.network.mask_id
+        made = []
+        for canvas in canvases:
+            seat = self._seats[id(canvas)]
+            made.append((tokens[seat.place], unknown[seat.place]))
+            self._seats[id(canvas)] = replace(seat, tokens=made[-1][0])
+        self._leave([id(canvas) for canvas in canvases if canvas.step + 1 == len(canvas.steps)])
+        return made
+
+    def _seat(self, canvases: Sequence[Canvas], rows: int) -> None:
+        """Exactly these canvases, all of them in the first rows: those that sit beyond are seated anew."""
+        wanted = {id(canvas) for canvas in canvases}
+        self._leave(
+            [
+                key
+                for key, seat in self._seats.items()
+                if key not in wanted or max(seat.rows) >= rows or seat.canvas.tokens is not seat.tokens
+            ]
+        )
+        taken = {row for seat in self._seats.values() for row in seat.rows}
+        free = iter([row for row in range(rows) if row not in taken])
+        for canvas in canvases:
+            if id(canvas) not in self._seats:
+                self._enter(canvas, tuple(next(free) for _ in canvas.contexts))
+
+    def _enter(self, canvas: Canvas, rows: tuple[int, ...]) -> None:
         assert not canvas.finished
-        place, state, numbers = self._free_places.pop(0), self._canvases, self._schedules
-        rows = [self._free_rows.pop(0) for _ in canvas.contexts]
+        place, state, numbers = rows[0], self._canvases, self._schedules
+        seen = canvas.tokens.masked_fill(canvas.unknown, self.network.mask_id)
         for row, context in zip(rows, canvas.contexts, strict=True):
             self.network.seat(row, context)
-            state.inputs[row] = canvas.tokens.masked_fill(canvas.unknown, self.network.mask_id)
-        _fill(state.rows[place], rows, -1)
-        masked = canvas.unknown.nonzero()[:, 0]
-        state.places[place, : len(masked)] = masked.int()
+            state.inputs[row] = seen
+        _fill(state.rows[place], [*rows, *[-1] * (self.branches - len(rows))])
+        # Their number is known: nothing waits for it.
+        masked = torch.nonzero_static(canvas.unknown, size=canvas.masked)[:, 0]
+        state.places[place, : canvas.masked] = masked.int()
         state.tokens[place] = canvas.tokens
         state.seeds[place], state.steps[place], state.counts[place] = canvas.seed, canvas.step, canvas.masked
         steps = canvas.steps
-        _fill(numbers.masked_after[place], steps.masked_after, 0)
-        _fill(numbers.token_temperature[place], steps.token_temperature, 0.0)
-        _fill(numbers.choice_temperature[place], steps.choice_temperature, 0.0)
+        _fill(numbers.masked_after[place], steps.masked_after)
+        _fill(numbers.token_temperature[place], steps.token_temperature)
+        _fill(numbers.choice_temperature[place], steps.choice_temperature)
         numbers.raw_logit[place] = steps.score == "logit"
-        numbers.weights[place] = 0.0
-        weights = torch.tensor(canvas.weights, dtype=torch.float32).T
-        numbers.weights[place, : len(steps), : len(rows)] = weights.to(numbers.weights.device)
-        self._seated[place] = canvas
-        return place
+        absent = ((0.0,) * len(steps),) * (self.branches - len(rows))
+        _fill(numbers.weights[place], list(zip(*canvas.weights, *absent, strict=True)))
+        self._seats[id(canvas)] = _Seat(canvas, rows, canvas.tokens)
 
-    def step(self) -> None:
-        """One decoding step for every seated picture; on a GPU it returns before the step is done."""
-        if self._graph is None:
-            self._launch()
-        else:
-            self._graph.replay()
-        for canvas in self._seated.values():
-            if not canvas.finished:
-                canvas.masked = canvas.steps.masked_after[canvas.step]
-                canvas.step += 1
+    def _leave(self, keys: Sequence[int]) -> None:
+        for key in keys:
+            seat = self._seats.pop(key)
+            self._canvases.counts[seat.place] = 0
+            for row in seat.rows:
+                self.network.vacate(row)
 
-    def read(self, place: int) -> Canvas:
-        """The picture of a place with its tokens and masked positions as they stand; waits for the device."""
-        canvas, state = self._seated[place], self._canvases
-        canvas.tokens = state.tokens[place].to(canvas.tokens.device, copy=True)
-        masked = state.places[place, : canvas.masked].long().to(canvas.tokens.device)
-        canvas.unknown = torch.zeros_like(canvas.unknown).index_fill(0, masked, True)
-        return canvas
+    def _run(self, rows: int) -> None:
+        """A step of the first rows: its launches are called the first time they come up, then captured."""
+        most = max(len(seat.rows) for seat in self._seats.values())
+        branches = next((each for each in BRANCHES if most <= each <= self.branches), self.branches)
+        key = rows, branches, self.network.variant
+        if (graph := self._graphs.get(key)) is not None:
+            graph.replay()
+            return
+        self._launch(rows, branches)
+        if self._captured:
+            self._graphs[key] = self._capture(rows, branches)
 
-    def leave(self, place: int) -> Canvas:
-        """Read a picture, finished or not, and free its place and rows."""
-        canvas = self.read(place)
-        self._free_rows += [row for row in self._canvases.rows[place].tolist() if row >= 0]
-        self._canvases.counts[place], self._canvases.rows[place] = 0, -1
-        self._free_places.append(place)
-        del self._seated[place]
-        return canvas
+    def _launch(self, rows: int, branches: int) -> None:
+        state = {name: getattr(self._canvases, name)[:rows] for name in Canvases.__dataclass_fields__}
+        numbers = {name: getattr(self._schedules, name)[:rows] for name in Schedules.__dataclass_fields__}
+        canvases = Canvases(**state | {"rows": state["rows"][:, :branches]})
+        schedules = Schedules(**numbers | {"weights": numbers["weights"][..., :branches]})
+        hidden, (weight, bias) = self.network.hidden(canvases.inputs), self.network.head()
+        mask_id, kernels = self.network.mask_id, self.network.kernels
+        decoding_step(hidden, weight, bias, canvases, schedules, mask_id, kernels=kernels)
 
-    def decode(self, canvases: Iterable[Canvas]) -> list[Tensor]:
-        """Run canvases that fit together to their last step; returns their tokens, (N,) int64 each."""
-        places = [self.enter(canvas) for canvas in canvases]
-        for _ in range(max((len(self._seated[place].steps) - self._seated[place].step for place in places), default=0)):
-            self.step()
-        return [self.leave(place).tokens for place in places]
-
-    @torch.no_grad()
-    def _launch(self) -> None:
-        hidden = self.network.hidden(self._canvases.inputs)
-        weight, bias = self.network.head()
-        decoding_step(
-            hidden, weight, bias, self._canvases, self._schedules, self.network.mask_id, kernels=self.network.kernels
-        )
-
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        """The launches as a graph; all places are empty, so that neither warming up nor capturing changes anything."""
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            self._launch()
-        torch.cuda.current_stream().wait_stream(aside)
+    def _capture(self, rows: int, branches: int) -> torch.cuda.CUDAGraph:
+        """The launches as a graph; capturing runs nothing. Other threads may use the device meanwhile."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._launch()
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
+            self._launch(rows, branches)
         return graph
 
 
-def _fill(target: Tensor, values: Sequence[float], rest: float) -> None:
-    """Values to the front of a vector, ``rest`` behind them."""
-    padded = [*values, *[rest] * (len(target) - len(values))]
-    target.copy_(torch.tensor(padded, dtype=target.dtype))
+def _fill(target: Tensor, values: Sequence[Any]) -> None:
+    """Values to the front of a tensor; from pinned memory to a GPU, which waits for nothing."""
+    front = torch.tensor(values, dtype=target.dtype, pin_memory=target.is_cuda)
+    target[: len(values)].copy_(front, non_blocking=True)

@@ -301,6 +301,10 @@ class Amused(nn.Module):
         hidden = linear(features[None], head.conv1.weight.flatten(1), kernels=head.kernels)
         return head.layer_norm(hidden)[0].float()
 
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (K, D) and bias of the linear layer onto the codes; aMUSEd's has no bias."""
+        return self.mlm_layer.conv2.weight.detach().flatten(1), None
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (M, D) fp32 -> logits over the codes (M, K), fp32."""
         head = self.mlm_layer
