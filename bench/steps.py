@@ -29,7 +29,7 @@ from .arguments import Arguments, count
 from .networks import BACKENDS, MODELS, pipeline, random_adapter, style_name
 
 PARTS = ("transformer", "head", "sampling", "remask")
-"""Of a step."""
+"""Of a step; one that is a single launch has none that can be told apart."""
 CALL = ("text", "condition", "pixels", "total")
 """Of a call beside its steps."""
 ADAPTERS = ("none", "one", "many")
@@ -126,7 +126,8 @@ def _step_row(
     pipe: Pipeline, variant: Variant, timings: Sequence[dict[str, Any]], steps: int, rates: dict[str, Any]
 ) -> dict[str, Any]:
     card = paper(pipe, variant, steps)
-    later = {part: [value for each in timings for value in each[part][1:]] for part in (*PARTS, "step")}
+    clocked = [part for part in (*PARTS, "step") if part in timings[0]]
+    later = {part: [value for each in timings for value in each[part][1:]] for part in clocked}
     step = measure.series(later["step"])
     floor = card.floor(rates[f"{measure.short(pipe.network.dtype)}_flops"], rates["bytes"])
     return {
@@ -137,7 +138,7 @@ def _step_row(
         "share_of_floor": floor["floor"] / step["p50"],
         "step": step,
         "first_step": measure.series(each["step"][0] for each in timings),
-        **{part: measure.series(later[part]) for part in PARTS},
+        **{part: measure.series(later[part]) for part in PARTS if part in later},
     }
 
 
@@ -177,7 +178,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     print(f"{'':48}{'p20':>9}{'p50':>9}{'p80':>9}{'floor':>8}{parts}")
     for row in rows:
         times = "".join(f"{row['step'][each] * 1e3:9.1f}" for each in ("p20", "p50", "p80"))
-        shares = "".join(f"{row[part]['p50'] / row['step']['p50']:13.1%}" for part in PARTS)
+        shares = "".join(f"{row[part]['p50'] / row['step']['p50']:13.1%}" for part in PARTS if part in row)
         print(f"{row['name']:48}{times}{row['share_of_floor']:8.0%}{shares}")
 
 

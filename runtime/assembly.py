@@ -10,11 +10,13 @@ from .adapters.bank import Bank
 from .adapters.canonical import NAME
 from .adapters.library import Library
 from .core import StylemuseError
+from .decoding.buckets import Buckets
 from .folder import Networks, read_model, weights_sha256
-from .kernels.dispatch import REFERENCE, Kernels
+from .kernels.dispatch import REFERENCE, STEP, Kernels
 from .machine import Machine, choose, choose_kernels
 from .pipeline import Pipeline
 from .reference import Reference
+from .static import StaticRows
 
 
 def load_model(
@@ -60,4 +62,10 @@ def assemble(
     bank = Bank(sites, config.bottleneck_sites(), slots=slots, rank=rank, device=machine.device, dtype=machine.dtype)
     library = Library(bank, sites, name, fingerprint)
     network = Reference(networks, machine, bank, kernels)
-    return Pipeline(name, network, library, networks.extra, {"backend": why, **machine.why})
+
+    def buckets(rows: int | None) -> Buckets:
+        return Buckets(partial(StaticRows, network), machine.device, rows=rows)
+
+    # Where launches are calls of functions, the plain loop computes less: it runs only what has a weight or is masked.
+    launched = buckets if STEP in kernels.triton else None
+    return Pipeline(name, network, library, networks.extra, {"backend": why, **machine.why}, launched)

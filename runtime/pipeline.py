@@ -82,12 +82,25 @@ class Pipeline:
     """A model, its styles, and how to draw with them. Nothing of it is shared with another pipeline."""
 
     def __init__(
-        self, name: str, network: Any, adapters: Any, extra: Mapping[str, Any], why: Mapping[str, str]
+        self,
+        name: str,
+        network: Any,
+        adapters: Any,
+        extra: Mapping[str, Any],
+        why: Mapping[str, str],
+        buckets: Callable[[int | None], Any] | None = None,
     ) -> None:
+        """``buckets`` makes what decodes in the network's place, for so many rows at most, where there is something."""
         self.name, self.network, self.adapters = name, network, adapters
         self.defaults: Mapping[str, Any] = extra.get("defaults", {})
         self.jobs = Jobs(name, network, adapters, self.defaults)
         self._why = dict(why)
+        self._make_buckets = buckets
+        self._buckets = None if buckets is None else buckets(None)
+
+    def decoder(self, rows: int | None = None) -> Any:
+        """What `decoding.loop` is given, for one caller's own use; ``rows`` is the most of a forward pass, if known."""
+        return self.network if self._make_buckets is None else self._make_buckets(rows)
 
     def explain(self) -> dict[str, str]:
         """What runs where, and why."""
@@ -148,7 +161,7 @@ class Pipeline:
         plans, canvases = [job.plan for job in jobs], [job.canvases(timings) for job in jobs]
         per_step: Timings = {}
         flat = [canvas for group in canvases for canvas in group]
-        decode(self.network, flat, self._reporter(plans, canvases, on_step), per_step)
+        decode(self._buckets or self.network, flat, self._reporter(plans, canvases, on_step), per_step)
         mark = time.perf_counter()
         grids = [
             arrays.stack([canvas.tokens for canvas in group]).reshape(-1, *plan.grid)

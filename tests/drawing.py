@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sized
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from PIL import Image
 
 import stylemuse
 from stylemuse import Pipeline, Request
+from stylemuse.decoding.buckets import Buckets
+from stylemuse.static import StaticRows
 
 FOX = Request("a fox", seed=7)
 """What `draw` draws."""
@@ -45,3 +48,11 @@ def watch(monkeypatch: pytest.MonkeyPatch, owner: object, method: str) -> list[i
 
     monkeypatch.setattr(owner, method, watched)
     return lengths
+
+
+def bucketed(pipe: Pipeline) -> Pipeline:
+    """The pipeline, decoding in buckets from here on whatever its kernels are: what backend triton does."""
+    rows = partial(StaticRows, pipe.network)
+    pipe._make_buckets = lambda most: Buckets(rows, pipe.network.device, rows=most)
+    pipe._buckets = pipe._make_buckets(None)
+    return pipe

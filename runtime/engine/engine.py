@@ -20,7 +20,6 @@ from collections.abc import Callable
 from types import TracebackType
 
 import numpy as np
-import torch
 
 from .. import arrays
 from ..adapters.bank import SlotsInUse
@@ -31,6 +30,7 @@ from ..pipeline import Pipeline
 from .batcher import Batcher, Entry, Turn
 from .budget import rows_within
 from .errors import CancelledError, ClosedError, DeadlineError, EngineError, FailedError, QueueFullError
+from .pace import Pace
 from .ticket import Snapshot, Ticket
 from .work import Stats, Work
 
@@ -72,6 +72,7 @@ class Engine:
         if memory is not None and self.max_rows > room:
             raise StylemuseError(f"max_rows = {max_rows} do not fit {memory:,} bytes; at most {room}")
         self._unit = pipe.network.sizes.side**2
+        self._decoder, self._pace = pipe.decoder(self.max_rows), Pace(pipe.network.device)
         self._batcher = Batcher(self.max_rows * self._unit)
         self._on_step, self._on_end, self._clock = on_step, on_end, clock
         self._works: dict[Ticket, Work] = {}
@@ -312,11 +313,9 @@ class Engine:
             self._on_step(seconds, rows, len(turns))
 
     def _forward(self, canvases: list[Canvas], tickets: set[Ticket]) -> None:
-        device = self.pipe.network.device
         try:
-            advance(self.pipe.network, canvases)
-            if str(device).startswith("cuda"):
-                torch.cuda.synchronize(device)  # or steps would be launched far ahead of the clock
+            advance(self._decoder, canvases)
+            self._pace.launched()
         except Exception as error:
             for ticket in tickets:
                 self._give_up(ticket, "failed", _failed("a decoding step failed", error))
