@@ -24,7 +24,7 @@ from stylemuse import CFG, Pipeline, Request, Sampling, StyleDrop
 from stylemuse.decoding.schedule import amused
 from stylemuse.machine import DTYPES
 
-from . import cost, measure
+from . import cost, launches, measure
 from .arguments import Arguments, count
 from .networks import BACKENDS, MODELS, pipeline, random_adapter, style_name
 
@@ -170,6 +170,9 @@ def show_paper(pipe: Pipeline, chosen: Sequence[Variant], steps: int, rates: dic
             f"{card.parameters / 1e6:8.1f} M parameters read,{card.constant_parameters / 1e6:6.1f} M left out"
             f"{floor['floor'] * 1e3:10.2f} ms at least"
         )
+    counted = launches.count(pipe.network.transformer.config)
+    parts = ", ".join(f"{part} {number}" for part, number in counted.items())
+    print(f"  on a GPU {sum(counted.values())} launches a step: {parts}")
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:

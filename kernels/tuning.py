@@ -100,6 +100,9 @@ class Call:
 
     def run(self, launch: Launch) -> None:
         """Launch it, on the device of its tensors."""
+        if (calls := _NOTED.get()) is not None:
+            calls.append(self)
+            return
         device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             self.kernel[self.grid(launch.tiles)](**self.arguments, **self.constants, **launch.tiles, **launch.options)
@@ -191,6 +194,20 @@ def trial(forced: Mapping[tuple[str, str], Launch] = MappingProxyType({})) -> It
 
 
 _TRIAL: ContextVar[tuple[Mapping[tuple[str, str], Launch], Problems] | None] = ContextVar("trial", default=None)
+
+
+@contextmanager
+def noted() -> Iterator[list[Call]]:
+    """Within it nothing is launched: the calls are collected, and what they would have written holds anything."""
+    calls: list[Call] = []
+    token = _NOTED.set(calls)
+    try:
+        yield calls
+    finally:
+        _NOTED.reset(token)
+
+
+_NOTED: ContextVar[list[Call] | None] = ContextVar("noted", default=None)
 
 
 def pick(operation: str, problem: str, device: torch.device, choices: tuple[Launch, ...]) -> Launch:

@@ -77,8 +77,7 @@ class StaticRows:
             # Made anew each time: the reference groups rows by the slots it finds.
             adapters = RowAdapters(RowSlots(self._slots[:rows], self._scales[:rows]), sites)
         conditioning = {name: value[:rows] for name, value in self._conditioning.items()}
-        features = transformer.features(inputs.view(-1, *self._grid), conditioning, adapters)
-        return transformer.readout(features.flatten(0, 1)).view(*inputs.shape, -1)
+        return transformer.hidden(transformer.features(inputs.view(-1, *self._grid), conditioning, adapters))
 
 
 def _kind(site: str) -> str:

@@ -164,7 +164,7 @@ class Resample(Block):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         resample = halve if isinstance(self.conv, nn.Conv2d) else double
-        return resample(self.norm(x), grid, self.conv.weight, kernels=self.kernels)
+        return resample(x, grid, self.conv.weight, self.norm.own(), kernels=self.kernels)
 
 
 class ConvStage(nn.Module):
@@ -292,14 +292,17 @@ class Amused(nn.Module):
         halves = 1 if self.down_block.resample is None else 2
         return (tokens.shape[1] // halves, tokens.shape[2] // halves)
 
-    def readout(self, features: Tensor) -> Tensor:
-        """Features (M, C) of any positions -> normalized hidden states (M, D), fp32.
+    def hidden(self, features: Tensor) -> Tensor:
+        """Features (R, N, C) -> normalized hidden states (R, N, D).
 
         Linear and without bias from here on, so branches are combined here: sum_b w_b head(h_b) = head(sum_b w_b h_b).
         """
         head = self.mlm_layer
-        hidden = linear(features[None], head.conv1.weight.flatten(1), kernels=head.kernels)
-        return head.layer_norm(hidden)[0].float()
+        return head.layer_norm(linear(features, head.conv1.weight.flatten(1), kernels=head.kernels))
+
+    def readout(self, features: Tensor) -> Tensor:
+        """Features (M, C) of any positions -> normalized hidden states (M, D), fp32, to be summed."""
+        return self.hidden(features[None])[0].float()
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight (K, D) and bias of the linear layer onto the codes; aMUSEd's has no bias."""
