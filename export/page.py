@@ -22,6 +22,8 @@ import onnxruntime
 
 from ..adapters.library import Library
 from ..core import StylemuseError
+from . import agreement
+from .loading import open_folder
 from .manifest import Manifest
 
 PACKAGE = "onnxruntime-web"
@@ -90,24 +92,42 @@ def write(folder: Path, manifest: Manifest, library: Library, runtime: Path) -> 
         if (picture := library.version(name).picture()) is not None:
             (web / "references" / f"{name}.png").write_bytes(picture)
             references.append(name)
-    facts = {"bytes": _bytes(manifest), "references": references, "cpu_nodes": {"step": noise_nodes(folder)}}
+    facts = {
+        "bytes": _bytes(manifest),
+        "references": references,
+        "nodes": nodes(folder),
+        "probe": _probe(folder, manifest),
+    }
     (web / "page.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     _copy_runtime(runtime, web / "onnxruntime")
 
 
-def noise_nodes(folder: Path) -> list[str]:
-    """The nodes of step.onnx that turn Philox's words into Gumbel numbers: what follows from a word alone."""
+def nodes(folder: Path) -> dict[str, list[str]]:
+    """Nodes of step.onnx that a GPU may compute too inexactly, or wrong.
+
+    noise      what turns Philox's words into Gumbel numbers: from the words' cast to floating point on, all that
+               follows from no product of matrices
+    attention  every attention
+    """
     graph = onnx.load(folder / "step.onnx", load_external_data=False).graph
-    words, mixed, found = set[str](), set[str](), list[str]()
+    words, floats, others, noise = set[str](), set[str](), set[str](), list[str]()
     for node in graph.node:
-        if node.op_type in ("BitwiseXor", "BitwiseAnd", "BitShift"):
+        if node.op_type in ("MatMul", "MatMulInteger") or others.intersection(node.input):
+            others.update(node.output)
+        elif node.op_type == "BitwiseXor" or words.intersection(node.input):
             words.update(node.output)
-        elif node.op_type in ("MatMul", "MatMulInteger") or mixed.intersection(node.input):
-            mixed.update(node.output)
-        elif words.intersection(node.input):
-            words.update(node.output)
-            found.append(node.name)
-    return found
+            if node.op_type == "Cast" or floats.intersection(node.input):
+                floats.update(node.output)
+                noise.append(node.name)
+    return {"noise": noise, "attention": [node.name for node in graph.node if node.op_type == "MultiHeadAttention"]}
+
+
+def _probe(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """A request of one step and its tokens here: what a device has to give before it is trusted."""
+    style, seed = min(manifest.styles, default=None), 1
+    drawn = open_folder(folder).generate(agreement.PROMPT, style=style, seed=seed, steps=1)
+    request = {"prompt": agreement.PROMPT, "style": style, "seed": str(seed), "steps": 1}
+    return {"request": request, "tokens": drawn.tokens.flatten().tolist()}
 
 
 def _bytes(manifest: Manifest) -> int:

@@ -11,6 +11,9 @@ const shown = {
   loading({done, total}) {
     progress(done, total, `loading, ${megabytes(done)} of ${megabytes(total)} MB`);
   },
+  checking() {
+    busy("checking what this device draws");
+  },
   ready({manifest, references, runtime}) {
     styles = manifest.styles;
     choice("", "none");
@@ -43,6 +46,13 @@ worker.onerror = event => rest(`the page's worker failed: ${event.message ?? "it
 
 function progress(value, max, text) {
   Object.assign($("progress"), {hidden: false, max, value});
+  say(text);
+}
+
+/** Something runs, nobody knows for how long. */
+function busy(text) {
+  $("progress").hidden = false;
+  $("progress").removeAttribute("value");
   say(text);
 }
 
@@ -119,9 +129,7 @@ function draw() {
   }
   if (seed) asked.seed = BigInt(seed);
   $("draw").textContent = "Stop";
-  $("progress").hidden = false;
-  $("progress").removeAttribute("value");
-  say("reading the prompt");
+  busy("reading the prompt");
   ($("picture").hidden ? $("status") : $("picture")).scrollIntoView({block: "nearest"});
   return worker.postMessage({type: "draw", request: asked});
 }
@@ -136,5 +144,5 @@ $("device").addEventListener("change", () => location.assign(`?device=${$("devic
 const device = new URLSearchParams(location.search).get("device") ?? "auto";
 $("device").value = device;
 sliders();
-say("loading");
+busy("loading");
 worker.postMessage({type: "open", device});

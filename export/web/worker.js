@@ -1,7 +1,7 @@
 // Loads and draws beside the page, which stays quick meanwhile.
 //
 // in    {type: "open", device}  {type: "draw", request}  {type: "stop"}
-// out   {type: "loading", done, total}  {type: "ready", manifest, references, runtime}
+// out   {type: "loading", done, total}  {type: "checking"}  {type: "ready", manifest, references, runtime}
 //       {type: "step", step, steps, image?}  {type: "done", tokens, seed, steps, image, seconds}  {type: "stopped"}
 //       {type: "error", message}
 // An image is {width, height, data}, 4 bytes a pixel.
@@ -11,6 +11,7 @@ import {draw} from "./draw.js";
 import {Model} from "./model.js";
 
 const ROOT = new URL("../", import.meta.url);
+const AGREEMENT = 0.99;
 const messages = {open, draw: drawn, stop: async () => { stopping = true; }};
 let model = null, stopping = false;
 
@@ -18,23 +19,33 @@ self.onmessage = async ({data}) => {
   try {
     await messages[data.type](data);
   } catch (error) {
-    tell("error", {message: `${error?.message ?? error}`.split("\n")[0]});
+    tell("error", {message: oneLine(error)});
   }
 };
 
 async function open({device}) {
   const page = await (await got("web/page.json")).json();
-  const devices = await candidates(device);
-  for (const each of devices) {
+  const left = [];
+  for (const each of await candidates(device)) {
     try {
-      const {ort, options, name} = await start(each, page.cpu_nodes);
+      const {ort, options, name} = await start(each, page.nodes);
       model = await Model.open(ort, counted(page.bytes), options);
-      return tell("ready", {manifest: model.manifest, references: page.references, runtime: name});
+      if (each.device !== "wasm") await check(page.probe);
+      const runtime = [name, ...left].join("; ");
+      return tell("ready", {manifest: model.manifest, references: page.references, runtime});
     } catch (error) {
-      if (each === devices.at(-1)) throw error;
-      console.warn(`${each} could not start, the next device is tried: ${error.message}`);
+      left.push(`${each.device} was left: ${oneLine(error)}`);
     }
   }
+  throw new Error(left.at(-1).replace(/^\w+ was left: /, ""));
+}
+
+/** Throws unless the tokens of a first step are those of the export; a token whose two best codes all but tie may fall. */
+async function check({request, tokens}) {
+  tell("checking", {});
+  const drawn = await draw(model, {...request, seed: BigInt(request.seed)});
+  const equal = tokens.filter((token, index) => BigInt(token) === drawn.tokens[index]).length / tokens.length;
+  if (!(equal >= AGREEMENT)) throw new Error(`only ${(100 * equal).toFixed(0)} % of its tokens are as they should be`);
 }
 
 async function drawn({request}) {
@@ -58,6 +69,10 @@ async function drawn({request}) {
   if (result === null) return tell("stopped", {});
   const {tokens, seed, steps, image} = result, seconds = (performance.now() - began) / 1000;
   return tell("done", {tokens: Array.from(tokens, Number), seed, steps, image: rgba(image), seconds});
+}
+
+function oneLine(error) {
+  return `${error?.message ?? error}`.split("\n")[0];
 }
 
 function tell(type, facts) {
