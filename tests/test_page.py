@@ -8,15 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import SCREENS, element, needs_browser, opened, until
 from live_server import SIZES, Live, serving
 
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (BROWSER and DRIVER), reason="chromium and chromedriver are not installed"),
-]
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-SOON = 60
+pytestmark = [pytest.mark.slow, needs_browser]
 
 
 @pytest.fixture(scope="module")
@@ -31,32 +26,10 @@ def live(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield made
 
 
-@pytest.fixture(params=[(1100, 900, False), (390, 844, True)], ids=["desk", "phone"])
+@pytest.fixture(params=SCREENS)
 def browser(request: pytest.FixtureRequest, live: Live) -> Iterator[Any]:
-    width, height, mobile = request.param
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    made = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
-    made.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    made.get(live.url)
-    try:
+    with opened(live.url, request.param) as made:
         yield made
-    finally:
-        made.quit()
-
-
-def until(browser: Any, script: str, value: object) -> None:
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    WebDriverWait(browser, SOON).until(lambda _: browser.execute_script(f"return {script}") == value)
-
-
-def element(browser: Any, name: str) -> Any:
-    return browser.find_element("id", name)
 
 
 def test_a_picture_is_drawn(browser: Any) -> None:

@@ -6,6 +6,7 @@
 import {branches, guidanceOf} from "./guidance.js";
 import {amused} from "./schedule.js";
 
+const DEFAULT_STEPS = 12;
 const MAX_STEPS = 1000;
 const MAX_PROMPT = 10_000;
 const SEED_BITS = 63n;
@@ -50,6 +51,11 @@ export async function draw(model, request, onStep = async () => false) {
   return {tokens: preview, grid, image: await model.pixels(preview, grid), seed, steps};
 }
 
+/** How many steps a style recommends, or the model. */
+export function stepsOf(style, defaults) {
+  return style?.recommended.steps ?? defaults.steps ?? DEFAULT_STEPS;
+}
+
 /** A request with nothing left open; throws one line for what is not allowed. */
 function decide(model, {prompt, style: name = null, strength = 1, guidance, steps, seed = freshSeed()}) {
   const {defaults, side} = model.manifest, style = model.style(name);
@@ -57,7 +63,7 @@ function decide(model, {prompt, style: name = null, strength = 1, guidance, step
   if (!trimmed) throw new Error("the prompt is empty; say what to draw, for example 'a fox'");
   if (prompt.length > MAX_PROMPT) throw new Error(`the prompt has over ${MAX_PROMPT} characters, which are allowed`);
   if (!Number.isFinite(strength)) throw new Error(`strength ${strength} is not allowed: a finite number`);
-  const count = steps ?? style?.recommended.steps ?? defaults.steps ?? 12;
+  const count = steps ?? stepsOf(style, defaults);
   if (!(Number.isInteger(count) && count >= 1 && count <= MAX_STEPS)) {
     throw new Error(`steps = ${count} is not allowed: a whole number from 1 to ${MAX_STEPS}`);
   }

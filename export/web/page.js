@@ -1,11 +1,15 @@
 // The page's controls: what is asked for goes to the worker, what comes back is shown.
 
+import {stepsOf} from "./draw.js";
+import {guidanceOf} from "./guidance.js";
+
 const $ = id => document.getElementById(id);
+// Where a slider stands that leaves its number to the style or the model.
 const RECOMMENDED = {"style-guidance": -0.25, "text-guidance": -0.25, steps: 0};
 const KEPT = 24;
 const canvas = document.createElement("canvas");
 const worker = new Worker(new URL("worker.js", import.meta.url), {type: "module"});
-let styles = {}, asked = null;
+let styles = {}, defaults = {}, asked = null;
 
 const shown = {
   loading({done, total}) {
@@ -15,7 +19,7 @@ const shown = {
     busy("checking what this device draws");
   },
   ready({manifest, references, runtime}) {
-    styles = manifest.styles;
+    ({styles, defaults} = manifest);
     choice("", "none");
     for (const name of Object.keys(styles).sort()) choice(name, name, references.includes(name));
     $("runtime").textContent = `${runtime}; model ${manifest.model}, ${manifest.precision}.`;
@@ -77,10 +81,14 @@ const chosen = () => document.querySelector("#styles input:checked")?.value || n
 const given = id => (Number($(id).value) === RECOMMENDED[id] ? undefined : Number($(id).value));
 
 function sliders() {
-  for (const id of ["style-guidance", "text-guidance", "steps", "adapter"]) {
-    $(`${id}-value`).textContent = id === "adapter" ? $(id).value : given(id) ?? "as recommended";
+  const style = styles[chosen()], guidance = guidanceOf(style, defaults);
+  const recommended = {"style-guidance": guidance.style, "text-guidance": guidance.text, steps: stepsOf(style, defaults)};
+  for (const [id, number] of Object.entries(recommended)) {
+    const left = number === undefined ? "as recommended" : `${number}, as recommended`;
+    $(`${id}-value`).textContent = given(id) ?? left;
   }
-  $("strengths").hidden = !chosen();
+  $("adapter-value").textContent = $("adapter").value;
+  $("strengths").hidden = !style;
 }
 
 function choice(name, text, reference = false) {
@@ -143,6 +151,5 @@ $("form").addEventListener("input", sliders);
 $("device").addEventListener("change", () => location.assign(`?device=${$("device").value}`));
 const device = new URLSearchParams(location.search).get("device") ?? "auto";
 $("device").value = device;
-sliders();
 busy("loading");
 worker.postMessage({type: "open", device});
