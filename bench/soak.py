@@ -161,6 +161,7 @@ class Soak:
             "problem_count": len(self.problems),
             "problems": self.problems[:100],
             "memory": memory(self.memory),
+            "memory_bytes": [size for _, size in self.memory],
         }
         if not self.latencies:
             return row | {"skipped": "no request was answered"}

@@ -8,6 +8,7 @@ import io
 import json
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Literal
 
@@ -25,6 +26,9 @@ from .schema import Facts, Generation, Picture, PictureEvent, Pictures, TokenDet
 from .settings import Settings
 
 GENERATIONS = "/v1/images/generations"
+_THREADS = 2
+"""Decode and encode pictures. As many as there are clients would crowd out the steps, and each keeps memory of its own
+for convolutions."""
 _ANSWERS = failures(429, 499, 503, 504) | {200: {"content": event_stream(PictureEvent)}}
 
 
@@ -36,6 +40,7 @@ class Images:
         pipe = engine.pipe
         self._factor = pipe.network.sizes.factor
         self._steps = int(pipe.defaults.get("steps", 12))
+        self._threads = ThreadPoolExecutor(_THREADS, "stylemuse-pictures")
         self.router = APIRouter()
         self.router.add_api_route(
             GENERATIONS,
@@ -56,7 +61,7 @@ class Images:
             return self._engine.submit(wanted, priority=given.priority, timeout=limit, previews=previews)
 
         ticket = await run_in_threadpool(submit)
-        drawing = _Drawing(self._engine, self._settings, given, ticket)
+        drawing = _Drawing(self._engine, self._settings, given, ticket, self._threads)
         if given.stream:
             return StreamingResponse(drawing.events(request), media_type="text/event-stream", headers=_UNBUFFERED)
         async with _until_it_leaves(request, ticket):
@@ -72,8 +77,11 @@ _UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 class _Drawing:
     """One generation."""
 
-    def __init__(self, engine: Engine, settings: Settings, given: Generation, ticket: Ticket) -> None:
+    def __init__(
+        self, engine: Engine, settings: Settings, given: Generation, ticket: Ticket, threads: Executor
+    ) -> None:
         self._pipe, self._settings, self._given, self._ticket = engine.pipe, settings, given, ticket
+        self._threads = threads
         self._created = int(time.time())
 
     async def answer(self) -> Pictures:
@@ -114,7 +122,7 @@ class _Drawing:
             self._ticket.cancel()
 
     async def _partial(self, snapshot: Snapshot, count: int) -> str:
-        image = await run_in_threadpool(snapshot.image)
+        image = await asyncio.get_running_loop().run_in_executor(self._threads, snapshot.image)
         facts = {"index": snapshot.picture, "step": snapshot.step, "steps": snapshot.steps}
         return await self._event("image_generation.partial_image", image, facts | {"partial_image_index": count})
 
@@ -145,7 +153,7 @@ class _Drawing:
             image.save(buffer, kind.upper(), **options)
             return base64.b64encode(buffer.getvalue()).decode()
 
-        return await run_in_threadpool(encode)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
 
     def _usage(self, drawn: int) -> Usage:
         ids = self._pipe.network.tokenizer.ids([self._given.prompt])[0]
