@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from models import random_style
 
 from stylemuse import (
     CFG,
+    Adapter,
     Engine,
     FailedError,
     Pipeline,
@@ -112,6 +114,33 @@ def test_more_styles_than_slots(tiny_model: Path, tmp_path: Path) -> None:
         with pytest.raises(StylemuseError, match=r"^3 styles in one request; at most 2$"):
             engine.submit(Request("a fox", style=dict.fromkeys(names[:3], 0.3)))
         idle(engine, pipe)
+
+
+def test_no_step_waits_for_a_style_that_is_read(
+    engine: Engine, pipe: Pipeline, gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request finishes while another's style is still on its way from the disk."""
+    look = random_style(pipe.network.transformer.config, "look", seed=3)
+    pipe.adapters.add("look", canonical.save(look, tmp_path / "look"))
+    version = pipe.adapters.version("look")
+    pipe.adapters.bank.remove("look")
+    reading, go_on, read = threading.Event(), threading.Event(), version.read
+
+    def slow() -> Adapter:
+        reading.set()
+        assert go_on.wait(SOON)
+        return read()
+
+    monkeypatch.setattr(version, "read", slow)
+    running = engine.submit(FOX)
+    gate.arrive()
+    waiting = engine.submit(Request("a fox", style="look", seed=7))
+    assert reading.wait(SOON)
+    gate.free()
+    assert running.result(SOON)
+    assert not waiting.done
+    go_on.set()
+    assert np.array_equal(waiting.result(SOON).tokens, draw(pipe, style="look"))
 
 
 # Previews.

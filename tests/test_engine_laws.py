@@ -37,7 +37,7 @@ def triples(
             choice.choice(prompts),
             style=choice.choice(list(styles)),  # type: ignore[arg-type]
             seed=choice.getrandbits(60),
-            sampling=Sampling(choice.choice((2, 3, 4))),
+            sampling=Sampling(choice.choice(list(steps))),
         )
         for _ in range(count)
     ]
@@ -90,10 +90,12 @@ def test_two_hundred_requests_before_and_after_swaps(tiny_model: Path, threads: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_embedded_model_too(dtype: str) -> None:
+def test_the_embedded_model_too(dtype: str, threads: int) -> None:
+    """Its steps and pictures are large enough for torch to split among threads."""
     pipe = stylemuse.load("demo", dtype=dtype)
-    check(pipe, triples(16, 5, (None, *pipe.adapters.names)), 32, swaps=False)
+    check(pipe, triples(16, 5, (None, *pipe.adapters.names)), 32, swaps=False, threads=threads)
 
 
 def test_two_engines_in_one_process(tiny_model: Path, tmp_path: Path) -> None:

@@ -101,9 +101,11 @@ class Bank:
         return self._adapters[slot]
 
     def touched(self, slots: Iterable[int]) -> Mapping[str, LowRank | Bottleneck]:
-        """The part of `sites` in which adapters of these slots have something; at all others their rows are base."""
-        with self._lock:
-            names = set().union(*(self._groups[slot] for slot in slots))
+        """The part of `sites` in which adapters of these slots have something; at all others their rows are base.
+
+        The caller holds the slots, so they don't change. No lock: no step may wait until another slot is written.
+        """
+        names = set().union(*(self._groups[slot] for slot in slots))
         return {name: self.sites[name] for name in names}
 
     def add(self, adapter: Adapter, *, replace: bool = False, evict: bool = False) -> int:
