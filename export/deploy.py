@@ -56,6 +56,8 @@ def export(
         raise StylemuseError(
             "an export starts from a model loaded with backend='reference', dtype='float32' on the CPU"
         )
+    if network.quantization is not None:
+        raise StylemuseError("an export starts from a model that is not quantized; precision='int8' quantizes graphs")
     if form not in FORMS:
         raise StylemuseError(f"form {form!r} is unknown; allowed: {', '.join(FORMS)}")
     if precision not in manifest.PRECISIONS:

@@ -5,32 +5,22 @@
     y = y + scale gelu(y Wd) Wu                 where the row's adapter has a bottleneck here
 
 n is the norm with its modulation, P(x) = x W^T + b + scale (x A) B a projection with the pair of the row's slot. Each
-stage is an operation of its own, callable alone: `linear`, `attention`, `bottleneck`. That is three launches, or four
-with a bottleneck: a projection needs all heads of a token, an attention all tokens of a head, so no two of them can
-share a tile. Source: StyleDrop, arXiv 2306.00983, figure 2.
+stage is an operation of its own, callable alone: `linear` or `quantized_linear`, `attention`, `bottleneck`. That is
+three launches, or four with a bottleneck, and one more for each quantized projection: a projection needs all heads of a
+token, an attention all tokens of a head, so no two of them can share a tile. Source: StyleDrop, arXiv 2306.00983,
+figure 2.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from .attention import attention
 from .bottleneck import bottleneck
 from .dispatch import REFERENCE, Kernels
-from .linear import linear
 from .norm import Norm
-from .rows import Bottleneck, LowRank, RowSlots
-
-
-@dataclass(frozen=True)
-class Projection:
-    """Weight (P out, in) with the low-rank pairs of all slots, and a bias (P out,) where there is one."""
-
-    weight: Tensor
-    adapter: LowRank | None = None
-    bias: Tensor | None = None
+from .projection import Projection
+from .rows import Bottleneck, RowSlots
 
 
 def self_attention(
@@ -46,7 +36,7 @@ def self_attention(
     kernels: Kernels = REFERENCE,
 ) -> Tensor:
     """Attention among the tokens of a row, (R, N, D) -> (R, N, D); ``lengths`` (R,) where the row ends in padding."""
-    fused = linear(x, qkv.weight, qkv.bias, qkv.adapter, rows, norm=norm, kernels=kernels)
+    fused = qkv(x, rows, norm=norm, kernels=kernels)
     q, k, v = fused.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return _returned(attention(q, k, v, lengths, kernels=kernels), x, out, rows, neck, kernels)
 
@@ -65,7 +55,7 @@ def cross_attention(
 ) -> Tensor:
     """Attention to cached keys and values (R, 2, H, L, d), of which ``lengths`` (R,) are no padding."""
     k, v = keys_values.unbind(1)
-    fused = linear(x, q.weight, q.bias, q.adapter, rows, norm=norm, kernels=kernels)
+    fused = q(x, rows, norm=norm, kernels=kernels)
     query = fused.unflatten(2, (k.shape[1], -1)).transpose(1, 2)
     return _returned(attention(query, k, v, lengths, kernels=kernels), x, out, rows, neck, kernels)
 
@@ -74,7 +64,7 @@ def keys_values(
     text: Tensor, kv: Projection, heads: int, rows: RowSlots | None = None, *, kernels: Kernels = REFERENCE
 ) -> Tensor:
     """Text (R, L, T) -> its keys and values (R, 2, H, L, d), for `cross_attention`."""
-    fused = linear(text, kv.weight, kv.bias, kv.adapter, rows, kernels=kernels)
+    fused = kv(text, rows, kernels=kernels)
     return fused.unflatten(2, (2, heads, -1)).permute(0, 2, 3, 1, 4).contiguous()
 
 
@@ -86,5 +76,5 @@ def _returned(
     neck: Bottleneck | None,
     kernels: Kernels,
 ) -> Tensor:
-    y = linear(attended, out.weight, out.bias, out.adapter, rows, residual=residual, kernels=kernels)
+    y = out(attended, rows, residual=residual, kernels=kernels)
     return bottleneck(y, neck, rows, kernels=kernels)

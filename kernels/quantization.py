@@ -30,6 +30,7 @@ from .tuning import INTERPRETER, Call, Launch, Specimen, ceil_div, named_strides
 
 FORMATS: Mapping[str, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """The number formats by the name they are asked for."""
+NAMES: Mapping[torch.dtype, str] = {number: name for name, number in FORMATS.items()}
 LARGEST: Mapping[torch.dtype, float] = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """m: where the largest number of a vector comes to lie."""
 _LEAST = constant(2.0**-100)
@@ -95,7 +96,7 @@ def choices(architecture: str, dtype: torch.dtype) -> tuple[Launch, ...]:
     if architecture == INTERPRETER:
         return (Launch({"BLOCK_TOKENS": 16, "BLOCK_INPUTS": 64}, 4, 1),)
     depth = 64 if dtype == torch.float32 else 128
-    return tuple(Launch({"BLOCK_TOKENS": 16, "BLOCK_INPUTS": depth}, warps, 2) for warps in (4, 8))
+    return tuple(Launch({"BLOCK_TOKENS": tokens, "BLOCK_INPUTS": depth}, 4, 2) for tokens in (16, 32))
 
 
 @jit
@@ -166,6 +167,8 @@ def _lowered(
     down: tl.tensor,
     down_strides: tl.tuple,
     rank: tl.tensor,
+    strength: tl.tensor,
+    hidden: tl.tensor,
     token_inside: tl.tensor,
     LANES: tl.constexpr,
     NORMED: tl.constexpr,
@@ -174,17 +177,18 @@ def _lowered(
     PRECISION: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
-) -> tl.tensor:
-    """x A on so many lanes, fp32; strides of an input and of a lane in A."""
+) -> None:
+    """Writes strength x A on so many lanes to where hidden points; strides of an input and of a lane in A."""
     lanes = tl.arange(0, LANES)
-    hidden = tl.zeros((BLOCK_TOKENS, LANES), tl.float32)
+    lowered = tl.zeros((BLOCK_TOKENS, LANES), tl.float32)
     for first in range(0, INPUTS, BLOCK_INPUTS):
         places = first + tl.arange(0, BLOCK_INPUTS)
         tile = _tile(x, x_input, norm, norm_strides, token_inside, places, NORMED, MODULATED, INPUTS)
         down_at = down + places[:, None] * down_strides[0] + lanes[None, :] * down_strides[1]
         down_tile = tl.load(down_at, (places < INPUTS)[:, None] & (lanes < rank)[None, :], 0.0)
-        hidden = multiply(tile, down_tile, hidden, PRECISION)
-    return hidden
+        lowered = multiply(tile, down_tile, lowered, PRECISION)
+    lowered = (lowered * strength).to(hidden.dtype.element_ty)
+    tl.store(hidden[:, None] + lanes[None, :], lowered, token_inside[:, None])
 
 
 @jit
@@ -264,21 +268,17 @@ def _quantize_kernel(
             )  # fmt: skip
             down_at, down_strides = down + slot * down_slot + part * down_part, (down_input, down_lane)
             strength = tl.load(scales + row)
-            hidden_at = hidden + (at * PARTS + part)[:, None] * RANK
+            hidden_at = hidden + (at * PARTS + part) * RANK
             if rank <= NARROW:
-                lowered = _lowered(
-                    x_at, x_input, norm, norm_strides, down_at, down_strides, rank, token_inside,
+                _lowered(
+                    x_at, x_input, norm, norm_strides, down_at, down_strides, rank, strength, hidden_at, token_inside,
                     NARROW, NORMED, MODULATED, INPUTS, PRECISION, BLOCK_TOKENS, BLOCK_INPUTS,
                 )  # fmt: skip
-                lowered = (lowered * strength).to(hidden.dtype.element_ty)
-                tl.store(hidden_at + tl.arange(0, NARROW)[None, :], lowered, token_inside[:, None])
             else:
-                lowered = _lowered(
-                    x_at, x_input, norm, norm_strides, down_at, down_strides, rank, token_inside,
+                _lowered(
+                    x_at, x_input, norm, norm_strides, down_at, down_strides, rank, strength, hidden_at, token_inside,
                     RANK, NORMED, MODULATED, INPUTS, PRECISION, BLOCK_TOKENS, BLOCK_INPUTS,
                 )  # fmt: skip
-                lowered = (lowered * strength).to(hidden.dtype.element_ty)
-                tl.store(hidden_at + tl.arange(0, RANK)[None, :], lowered, token_inside[:, None])
 
 
 def quantize_call(

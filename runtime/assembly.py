@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
+
 from . import hub
 from .adapters.bank import Bank
 from .adapters.canonical import NAME
@@ -13,7 +15,7 @@ from .core import StylemuseError
 from .decoding.buckets import Buckets
 from .folder import Networks, read_model, weights_sha256
 from .kernels.dispatch import REFERENCE, STEP, Kernels
-from .machine import Machine, choose, choose_kernels
+from .machine import Machine, choose, choose_kernels, choose_quantization
 from .pipeline import Pipeline
 from .reference import Reference
 from .static import StaticRows
@@ -25,6 +27,7 @@ def load_model(
     backend: str,
     device: str | None,
     dtype: str | None,
+    quantization: str | None,
     variant: str | None,
     revision: str | None,
     slots: int,
@@ -33,10 +36,13 @@ def load_model(
     """A pipeline for a model, with the styles that come with it; see ``pipeline.load``."""
     machine = choose(device, dtype)
     kernels, why = choose_kernels(backend, machine.device)
+    number = choose_quantization(quantization, kernels, machine.device)
     folder = hub.resolve(name, revision=revision, variant=variant)
     networks = read_model(folder, variant)
     fingerprint = partial(weights_sha256, folder / "transformer", variant)
-    pipeline = assemble(name, networks, machine, fingerprint, kernels, why=why, slots=slots, rank=rank)
+    pipeline = assemble(
+        name, networks, machine, fingerprint, kernels, why=why, slots=slots, rank=rank, quantization=number
+    )
     library = pipeline.adapters
     for style in networks.extra.get("styles", ()):
         if not NAME.fullmatch(str(style)):
@@ -55,13 +61,14 @@ def assemble(
     why: str = "asked for",
     slots: int = 64,
     rank: int = 64,
+    quantization: torch.dtype | None = None,
 ) -> Pipeline:
     """A pipeline, without styles, of networks that are there already; ``fingerprint`` hashes the transformer."""
     config = networks.transformer.config
     sites = config.sites()
     bank = Bank(sites, config.bottleneck_sites(), slots=slots, rank=rank, device=machine.device, dtype=machine.dtype)
     library = Library(bank, sites, name, fingerprint)
-    network = Reference(networks, machine, bank, kernels)
+    network = Reference(networks, machine, bank, kernels, quantization)
 
     def buckets(rows: int | None) -> Buckets:
         return Buckets(partial(StaticRows, network), machine.device, rows=rows)

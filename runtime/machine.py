@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .core import StylemuseError
+from .kernels import quantization
 from .kernels.dispatch import REFERENCE, Kernels, obstacle, triton_kernels
 
 BACKENDS = ("reference", "triton", "onnx")
@@ -45,6 +46,18 @@ def choose_kernels(backend: str, device: torch.device) -> tuple[Kernels, str]:
     if problem:
         return REFERENCE, f"Triton cannot run here: {problem}"
     return triton_kernels(device), "a GPU is there; not measured on one yet"
+
+
+def choose_quantization(asked: str | None, kernels: Kernels, device: torch.device) -> torch.dtype | None:
+    """The 8-bit format that is asked for, which is taken or refused; None where none is."""
+    if asked is None:
+        return None
+    if asked not in quantization.FORMATS:
+        raise StylemuseError(f"quantization {asked!r} is not there; allowed: {', '.join(quantization.FORMATS)}")
+    problem = quantization.obstacle(asked, device) if "quantized_linear" in kernels.triton else None
+    if problem:
+        raise StylemuseError(f"quantization {asked!r} cannot run here: {problem}")
+    return quantization.FORMATS[asked]
 
 
 def cpu_has_bf16() -> bool:

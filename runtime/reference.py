@@ -20,9 +20,10 @@ from .adapters.bank import Bank
 from .core import Sizes
 from .folder import Networks
 from .kernels.dispatch import REFERENCE, Kernels
+from .kernels.quantization import NAMES
 from .kernels.rows import BASE, RowAdapters, RowSlots
 from .machine import Machine
-from .models.layers import Conditioning
+from .models.layers import Conditioning, Linear
 from .models.text import TextOutput
 from .models.vq import channels_last
 
@@ -47,8 +48,20 @@ class Context:
 class Reference:
     """Text, transformer and VQ on one device. Every method is a function of its arguments and of the bank."""
 
-    def __init__(self, networks: Networks, machine: Machine, bank: Bank, kernels: Kernels = REFERENCE) -> None:
+    def __init__(
+        self,
+        networks: Networks,
+        machine: Machine,
+        bank: Bank,
+        kernels: Kernels = REFERENCE,
+        quantization: torch.dtype | None = None,
+    ) -> None:
         self.device, self.dtype, self.bank, self.kernels = machine.device, machine.dtype, bank, kernels
+        self.quantization = quantization
+        self._quantized: tuple[Linear, ...] = ()
+        if quantization is not None:
+            # Before anything is rounded to the dtype, and so that no weight is on the device twice.
+            self._quantized = networks.transformer.quantize(quantization, machine.device)
         self.transformer = networks.transformer.to(machine.device, machine.dtype).rest(kernels)
         self.vq = channels_last(networks.vq.to(machine.device, machine.dtype))
         self.text_encoder = networks.text.to(machine.device)
@@ -73,7 +86,20 @@ class Reference:
 
     def explain(self) -> dict[str, str]:
         """What computes, and with how many threads."""
-        return {"threads": f"{torch.get_num_threads()}: torch's own choice", "kernels": self.kernels.explain()}
+        facts = {"threads": f"{torch.get_num_threads()}: torch's own choice", "kernels": self.kernels.explain()}
+        if self.quantization is not None:
+            facts["quantization"] = self._explain_quantization(self.quantization)
+        return facts
+
+    def _explain_quantization(self, number: torch.dtype) -> str:
+        """What is in 8 bits, what that saves, and what it loses."""
+        small = [linear.quantized for linear in self._quantized if linear.quantized is not None]
+        now, count = sum(each.nbytes for each in small) / 1e6, sum(each.values.numel() for each in small)
+        return (
+            f"{NAMES[number]}: asked for; weights and activations of {len(small)} projections of the transformer "
+            f"layers, {count * self.dtype.itemsize / 1e6:.1f} MB in {now:.1f}; adapters stay in "
+            f"{str(self.dtype).removeprefix('torch.')}; stylemuse bench parity measures what it loses"
+        )
 
     @torch.no_grad()
     def text(self, prompt: str) -> TextOutput:

@@ -15,11 +15,11 @@ from test_triton_linear import LENGTHS, low_rank, random, rows
 from torch import Tensor
 
 from stylemuse.kernels import adapted_attention
-from stylemuse.kernels.adapted_attention import Projection
 from stylemuse.kernels.attention import attention
 from stylemuse.kernels.bottleneck import bottleneck
 from stylemuse.kernels.depthwise import depthwise_norm
 from stylemuse.kernels.norm import Kind, Norm, norm
+from stylemuse.kernels.projection import Projection
 from stylemuse.kernels.resample import double, halve
 from stylemuse.kernels.response_norm import response_norm
 from stylemuse.kernels.rows import Bottleneck

@@ -30,6 +30,7 @@ def demo(
     backend: options.Backend = "auto",
     device: options.Device = None,
     dtype: options.Dtype = None,
+    quantization: options.Quantization = None,
     as_json: options.Json = False,
 ) -> None:
     """Draw four subjects in every style the model comes with, all in one batch."""
@@ -40,7 +41,7 @@ def demo(
     from ..tuning.looks import article
 
     seeds = image_seeds(fresh_seed() if seed is None else seed, len(SUBJECTS))
-    pipe = options.load(model, backend, device, dtype)
+    pipe = options.load(model, backend, device, dtype, quantization)
     loading = time.perf_counter() - began
     styles = (None, *pipe.adapters.names)
     # A column shares its seed, so that its pictures differ by the style alone.

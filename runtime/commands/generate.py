@@ -43,6 +43,7 @@ def generate(
     backend: options.Backend = "auto",
     device: options.Device = None,
     dtype: options.Dtype = None,
+    quantization: options.Quantization = None,
     as_json: options.Json = False,
 ) -> None:
     """Draw a prompt."""
@@ -71,7 +72,7 @@ def generate(
         )
     _check(request)
     paths = pictures.targets(out, n)
-    pipe = options.load(model, backend, device, dtype)
+    pipe = options.load(model, backend, device, dtype, quantization)
     for name, path in registered.items():
         pipe.adapters.add(name, path, alpha=alpha, recipe=recipe)
     with progress("drawing") as update:

@@ -22,6 +22,9 @@ Model = Annotated[
 Backend = Annotated[str, typer.Option("--backend", help="auto, reference, triton or onnx.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; chosen if left out.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32 or bfloat16; chosen if left out.")]
+Quantization = Annotated[
+    str | None, typer.Option("--quantization", help="int8 or fp8: the transformer layers in 8 bits; not with onnx.")
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="0 to 2^63 - 1; drawn and reported if left out.")]
 Alpha = Annotated[float | None, typer.Option("--alpha", help="LoRA's alpha, for files that don't store it.")]
 Recipe = Annotated[
@@ -29,11 +32,11 @@ Recipe = Annotated[
 ]
 
 
-def load(model: str, backend: str, device: str | None, dtype: str | None) -> Pipeline:
+def load(model: str, backend: str, device: str | None, dtype: str | None, quantization: str | None = None) -> Pipeline:
     """The pipeline these options ask for."""
     import stylemuse
 
-    return stylemuse.load(model, backend=backend, device=device, dtype=dtype)
+    return stylemuse.load(model, backend=backend, device=device, dtype=dtype, quantization=quantization)
 
 
 def text(value: str, what: str) -> str:

@@ -50,6 +50,7 @@ def serve(
     backend: options.Backend = "auto",
     device: options.Device = None,
     dtype: options.Dtype = None,
+    quantization: options.Quantization = None,
     as_json: options.Json = False,
 ) -> None:
     """Serve pictures; the token of clients, if any, is in STYLEMUSE_TOKEN."""
@@ -74,7 +75,9 @@ def serve(
     private = listen(host, admin_port) if admin_port is not None else None
     import stylemuse
 
-    pipe = stylemuse.load(model, backend=backend, device=device, dtype=dtype, slots=slots, rank=rank)
+    pipe = stylemuse.load(
+        model, backend=backend, device=device, dtype=dtype, quantization=quantization, slots=slots, rank=rank
+    )
     if not asked:
         from dataclasses import replace
 

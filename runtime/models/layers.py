@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.adapted_attention import Projection, cross_attention, keys_values, self_attention
+from ..kernels.adapted_attention import cross_attention, keys_values, self_attention
 from ..kernels.bottleneck import bottleneck
 from ..kernels.depthwise import depthwise_norm
 from ..kernels.dispatch import REFERENCE, Kernels
 from ..kernels.linear import Activation, linear
 from ..kernels.norm import Kind, Norm
+from ..kernels.projection import Projection
+from ..kernels.quantization import Quantized, quantize_reference
 from ..kernels.response_norm import response_norm
 from ..kernels.rows import Bottleneck, RowAdapters, RowSlots
 
@@ -56,14 +58,24 @@ def use(network: nn.Module, kernels: Kernels) -> None:
 class Linear(Block):
     """y = x W^T plus the low-rank pair of each row's adapter at this place, and what follows (`kernels.linear`)."""
 
+    quantized: Quantized | None = None
+    """In place of the weight; no buffer, for ``to(dtype)`` would widen it."""
+
     def __init__(self, name: str, inputs: int, outputs: int) -> None:
         super().__init__()
         self.name = name
         self.weight = nn.Parameter(fresh(outputs, inputs))
 
+    def quantize(self, number: torch.dtype, device: torch.device) -> None:
+        """From now on in 8 bits, on this device; the weight is given up."""
+        made = quantize_reference(self.weight.detach(), number)
+        self.quantized = Quantized(made.values.to(device), made.scales.to(device))
+        del self.weight
+
     def projection(self, adapters: RowAdapters | None) -> Projection:
         """Its weight with the adapters of its place."""
-        return Projection(self.weight, None if adapters is None else adapters.low_rank(self.name))
+        weight = self.weight if self.quantized is None else self.quantized
+        return Projection(weight, None if adapters is None else adapters.low_rank(self.name))
 
     def forward(
         self,
@@ -75,19 +87,10 @@ class Linear(Block):
         residual: Tensor | None = None,
         modulation: Tensor | None = None,
     ) -> Tensor:
-        own = self.projection(adapters)
-        return linear(
-            x,
-            own.weight,
-            own.bias,
-            own.adapter,
-            _rows(adapters),
-            norm=norm,
-            activation=activation,
-            residual=residual,
-            modulation=modulation,
+        return self.projection(adapters)(
+            x, _rows(adapters), norm=norm, activation=activation, residual=residual, modulation=modulation,
             kernels=self.kernels,
-        )
+        )  # fmt: skip
 
 
 class RMSNorm(Block):
@@ -210,6 +213,11 @@ class TransformerLayer(nn.Module):
         self.attn2 = TextAttention(f"{name}.attn2", width, width, heads)
         self.norm3 = AdaNorm(f"{name}.norm3", width, width, LayerNorm(width, epsilon))
         self.ff = GatedMLP(f"{name}.ff", width, inner)
+
+    def projections(self) -> tuple[Linear, ...]:
+        """Those of a step; keys and values of the text are made once."""
+        attentions = self.attn1.qkv, self.attn1.to_out, self.attn2.to_q, self.attn2.to_out
+        return *attentions, self.ff.up, self.ff.down
 
     def condition(self, text: Tensor, activated: Tensor, into: Conditioning, adapters: RowAdapters | None) -> None:
         """Everything of this layer that is the same at every step."""

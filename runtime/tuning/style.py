@@ -89,6 +89,8 @@ def tune(
     if network.device.type != "cpu" or network.dtype != torch.float32:
         given = f"{network.device} in {str(network.dtype).removeprefix('torch.')}"
         raise StylemuseError(f'tuning on {given} is not supported; load the model with device="cpu", dtype="float32"')
+    if network.quantization is not None:
+        raise StylemuseError("tuning a quantized model is not supported; load it without quantization")
     recipe, words = recipe or Recipe(), descriptor_of(prompt) if descriptor is None else descriptor
     config = pipe.network.transformer.config
     sites = {site: place for site, place in config.sites().items() if site.endswith(PROJECTIONS)}
