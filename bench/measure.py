@@ -140,8 +140,8 @@ def _best(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
     return min(interleaved({"": run}, repeats=repeats, device=device)[""]["wall"])
 
 
-def short(dtype: torch.dtype) -> str:
-    """ "float32" of torch.float32."""
+def short(dtype: torch.dtype | str) -> str:
+    """ "float32" of torch.float32, and of itself."""
     return str(dtype).removeprefix("torch.")
 
 

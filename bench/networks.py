@@ -5,6 +5,7 @@ A step costs the same at any weights. The random models read prompts with the em
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stylemuse import Pipeline
+from stylemuse import Pipeline, load
 from stylemuse.adapters.canonical import Adapter
 from stylemuse.assembly import assemble
 from stylemuse.folder import Networks, read_model, write_model
@@ -47,7 +48,7 @@ TINY = AmusedConfig(
 )  # fmt: skip
 
 MODELS = ("demo", *SIZES)
-BACKENDS = ("auto", "reference", "triton")
+BACKENDS = ("auto", "reference", "triton", "onnx")
 
 
 def randomize(module: nn.Module, seed: int) -> None:
@@ -73,10 +74,31 @@ def pipeline(
     backend: str = "auto",
 ) -> Pipeline:
     """A pipeline without styles: "demo", or a published size with random weights."""
+    if backend == "onnx":
+        return _exported(model, device, dtype, seed, slots, rank)
     machine = choose(device, dtype)
     kernels, why = choose_kernels(backend, machine.device)
     made = read_model(resolve(model)) if model == "demo" else _random(model, seed)
     return assemble(model, made, machine, lambda: model, kernels, why=why, slots=slots, rank=rank)
+
+
+def _exported(model: str, device: str | None, dtype: str | None, seed: int, slots: int, rank: int) -> Pipeline:
+    """The same over its graphs in ONNX Runtime."""
+    with write_folder(model, seed=seed) as folder:
+        pipe = load(str(folder), backend="onnx", device=device, dtype=dtype, slots=slots, rank=rank)
+    for name in pipe.adapters.names:
+        pipe.adapters.remove(name)
+    pipe.name = model
+    return pipe
+
+
+def architecture(pipe: Pipeline) -> AmusedConfig:
+    """The numbers of its transformer; graphs have none, so they are those of the model that was exported."""
+    if pipe.network.name != "onnx":
+        return pipe.network.transformer.config
+    if pipe.name == "demo":
+        return AmusedConfig.from_dict(json.loads((resolve("demo") / "transformer" / "config.json").read_text("utf-8")))
+    return TINY if pipe.name == "tiny" else AmusedConfig(**SIZES[pipe.name])
 
 
 def _random(model: str, seed: int) -> Networks:
@@ -141,6 +163,6 @@ def random_adapter(pipe: Pipeline, name: str, *, rank: int = 16, seed: int = 0) 
         down = torch.randn(rank, inputs, generator=generator) * inputs**-0.5
         return down, torch.randn(outputs, rank, generator=generator) * 1e-2
 
-    sites = {site: at for site, at in pipe.network.transformer.config.sites().items() if site.endswith(PROJECTIONS)}
+    sites = {site: at for site, at in architecture(pipe).sites().items() if site.endswith(PROJECTIONS)}
     tensors = {site: pair(at.inputs, at.outputs) for site, at in sites.items()}
     return Adapter(name=name, kind="lora", tensors=tensors, base_model=pipe.name, descriptor=f"in {name} style")

@@ -26,7 +26,7 @@ from stylemuse.machine import DTYPES
 
 from . import cost, launches, measure
 from .arguments import Arguments, count
-from .networks import BACKENDS, MODELS, pipeline, random_adapter, style_name
+from .networks import BACKENDS, MODELS, architecture, pipeline, random_adapter, style_name
 
 PARTS = ("transformer", "head", "sampling", "remask")
 """Of a step; one that is a single launch has none that can be told apart."""
@@ -93,7 +93,9 @@ def run(
         timings[variant.name].append(dict(results[0].timings))
 
     runs = {variant.name: partial(draw, variant) for variant in chosen}
-    clock = measure.interleaved(runs, repeats=repeats, device=pipe.network.device, on_run=measure.progress)
+    clock = measure.interleaved(
+        runs, repeats=repeats, device=torch.device(pipe.network.device), on_run=measure.progress
+    )
     measured = {name: values[1:] for name, values in timings.items()}  # the first was the warm-up
     step_rows = [_step_row(pipe, variant, measured[variant.name], steps, rates) for variant in chosen]
     call_rows = [
@@ -107,7 +109,7 @@ def run(
 
 def paper(pipe: Pipeline, variant: Variant, steps: int) -> cost.Card:
     """The cost card of a step after the first, with the masked positions such a step has on average."""
-    config = pipe.network.transformer.config
+    config = architecture(pipe)
     tokens = config.sample_size**2
     return cost.card(
         config,
@@ -118,7 +120,7 @@ def paper(pipe: Pipeline, variant: Variant, steps: int) -> cost.Card:
         masked=round(fmean(amused(tokens, tokens, steps).masked_after[:-1])),
         rank=RANK,
         adapted=variant.adapted,
-        width=pipe.network.dtype.itemsize,
+        width=DTYPES[measure.short(pipe.network.dtype)].itemsize,
     )
 
 
@@ -170,7 +172,7 @@ def show_paper(pipe: Pipeline, chosen: Sequence[Variant], steps: int, rates: dic
             f"{card.parameters / 1e6:8.1f} M parameters read,{card.constant_parameters / 1e6:6.1f} M left out"
             f"{floor['floor'] * 1e3:10.2f} ms at least"
         )
-    counted = launches.count(pipe.network.transformer.config)
+    counted = launches.count(architecture(pipe))
     parts = ", ".join(f"{part} {number}" for part, number in counted.items())
     print(f"  on a GPU {sum(counted.values())} launches a step: {parts}")
 
@@ -193,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", nargs="+", type=count, default=[1, 8], help="pictures drawn at once")
     parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, default=list(ADAPTERS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="chosen by the machine if left out")
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="ONNX Runtime's is in bench peers")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument("--steps", type=count, default=12, help="decoding steps of a picture, at least 2")
     parser.add_argument("--repeats", type=count, default=5, help="pictures per variant")
     parser.common()
@@ -209,8 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device("cpu")
     for model, dtype in product(options.models, options.dtypes or [None]):
         pipe = pipeline(model, device=options.device, dtype=dtype, seed=options.seed, backend=options.backend)
-        device = pipe.network.device
-        rates |= measure.roofs(device, [pipe.network.dtype])
+        device = torch.device(pipe.network.device)
+        rates |= measure.roofs(device, [DTYPES[measure.short(pipe.network.dtype)]])
         show_paper(pipe, chosen, options.steps, rates)
         with_steps, with_calls = run(pipe, chosen, steps=options.steps, repeats=options.repeats, rates=rates)
         steps, calls = steps + with_steps, calls + with_calls

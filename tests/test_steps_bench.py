@@ -80,3 +80,16 @@ def test_random_models_are_made_in_place() -> None:
     pairs = zip(made.transformer.parameters(), again.transformer.parameters(), strict=True)
     assert all(torch.equal(one, two) for one, two in pairs)
     assert made.tokenizer(["a fox"]).shape == (1, 77)
+
+
+def test_graphs_are_measured_as_networks_are() -> None:
+    pipe = networks.pipeline("tiny", backend="onnx", slots=4, rank=steps.RANK)
+    assert (pipe.name, list(pipe.adapters.names)) == ("tiny", [])
+    rates = {"float32_flops": 1e9, "bytes": 1e9}
+    (row,), (call,) = steps.run(pipe, [steps.Variant(2, 2, "many")], steps=3, repeats=2, rates=rates)
+    assert (row["backend"], row["dtype"], row["device"]) == ("onnx", "float32", "cpu")
+    same = networks.pipeline("tiny", device="cpu", dtype="float32", slots=4, rank=steps.RANK)
+    assert row["cost"] == steps.paper(same, steps.Variant(2, 2, "many"), 3).to_dict()
+    assert len(row["step"]["seconds"]) == 2 * 2
+    assert not set(steps.PARTS) & set(row), "one call has no parts"
+    assert len(call["total"]["seconds"]) == 2
