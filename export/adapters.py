@@ -7,8 +7,8 @@ bank    down and up are stacked over slots, inputs that stay where they are; eac
 single  one style for the rows whose `scales` isn't 0; initializers that an .onnx_adapter file overrides, empty without
 fused   one style for every row, in the weights; a bottleneck, which no weight can hold, as nodes
 
-A fused projection of P parts (q, k and v) has P r lanes: lane i P + p is number i of part p, whose row of `up` is zero
-outside its part. So a site costs two matrix products whatever it fuses, and a wider rank only appends lanes.
+A fused projection of P parts (q, k and v) has P r lanes: lane i P + p is number i of part p, and its row of `up` is
+what it adds to that part. So all parts share one product with `down`, and a wider rank only appends lanes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def is_constant(place: str) -> bool:
 
 @dataclass(frozen=True)
 class Place:
-    """A site as the graphs see it: a fused projection of `parts` parts, or a bottleneck (0 parts)."""
+    """A site as the graphs see it: a projection of `parts` parts of `outputs` each, or a bottleneck (0 parts)."""
 
     name: str
     inputs: int
@@ -54,7 +54,7 @@ def places(sites: Mapping[str, Site], bottlenecks: Mapping[str, int], used: Coll
     found: dict[str, Place] = {}
     for module, site in sites.items():
         if module in used:
-            found[site.group] = Place(site.group, site.inputs, site.parts * site.outputs, site.parts)
+            found[site.group] = Place(site.group, site.inputs, site.outputs, site.parts)
     for name, width in bottlenecks.items():
         if name in used:
             found[name] = Place(name, width, width, 0)
@@ -98,26 +98,37 @@ class RowAdapters:
     """The nodes of the forms bank and single; nothing where there are no places. `given` are the graph's inputs."""
 
     def __init__(self, chosen: Collection[Place], given: Mapping[str, Value]) -> None:
-        self._names = {place.name for place in chosen}
+        self._parts = {place.name: place.parts for place in chosen}
         self._given, self._slots = given, given.get("slots")
         self._scales = given["scales"].unsqueeze(1, 2) if chosen else None
 
-    def linear(self, name: str, x: Value, y: Value) -> Value:
-        """y + scale (x down) up."""
-        return y if name not in self._names else y + self._up(name, self._down(name, x), y)
+    def linear(self, name: str, x: Value, parts: tuple[Value, ...]) -> tuple[Value, ...]:
+        """y + scale (x down) up, part by part."""
+        if name not in self._parts:
+            return parts
+        count, fused = len(parts), self._parts[name]
+        hidden, up = self._scaled(self._down(name, x)), self._table(f"{name}.up", x)
+        if count == 1:
+            pairs = [(hidden, up)]
+        elif fused == count:
+            pairs = [(hidden.every(count, part, -1), up.every(count, part, -2)) for part in range(count)]
+        else:  # one site, whose outputs are used in parts
+            pairs = [(hidden, part) for part in up.split(count)]
+        return tuple(y + own @ wide for y, (own, wide) in zip(parts, pairs, strict=True))
 
     def bottleneck(self, name: str, y: Value) -> Value:
         """y + scale gelu(y down) up."""
-        if name not in self._names:
+        if name not in self._parts:
             return y
-        return y + self._up(name, y.graph.op("Gelu", self._down(name, y)), y)
+        hidden = y.graph.op("Gelu", self._down(name, y))
+        return y + self._scaled(hidden) @ self._table(f"{name}.up", y)
 
     def _down(self, name: str, x: Value) -> Value:
         return x @ self._table(f"{name}.down", x)
 
-    def _up(self, name: str, hidden: Value, like: Value) -> Value:
+    def _scaled(self, hidden: Value) -> Value:
         assert self._scales is not None
-        return (hidden * self._scales.cast(hidden.dtype)) @ self._table(f"{name}.up", like)
+        return hidden * self._scales.cast(hidden.dtype)
 
     def _table(self, name: str, like: Value) -> Value:
         table = self._given[name]
@@ -131,9 +142,9 @@ class FusedBottlenecks:
         self._graph, self._scale = graph, scale
         self._pairs = {name: (down.numpy(), up.numpy()) for name, (down, up) in adapter.tensors.items()}
 
-    def linear(self, name: str, x: Value, y: Value) -> Value:
+    def linear(self, name: str, x: Value, parts: tuple[Value, ...]) -> tuple[Value, ...]:
         """y as it is."""
-        return y
+        return parts
 
     def bottleneck(self, name: str, y: Value) -> Value:
         """y + gelu(y down) (scale up)."""
@@ -161,11 +172,11 @@ def pack(adapter: Adapter, sites: Mapping[str, Site]) -> dict[str, Array]:
         parts, rank = sites[modules[0]].parts, max(adapter.tensors[module][0].shape[0] for module in modules)
         site = sites[modules[0]]
         down = np.zeros((site.inputs, rank, parts), np.float32)
-        up = np.zeros((rank, parts, parts, site.outputs), np.float32)
+        up = np.zeros((rank, parts, site.outputs), np.float32)
         for module in modules:
             part, (narrow, wide) = sites[module].part, adapter.tensors[module]
             down[:, : len(narrow), part] = narrow.numpy().T
-            up[: len(narrow), part, part] = wide.numpy().T
+            up[: len(narrow), part] = wide.numpy().T
         packed[f"{group}.down"] = down.reshape(site.inputs, -1)
         packed[f"{group}.up"] = up.reshape(rank * parts, -1)
     return packed

@@ -92,6 +92,11 @@ class Value:
         ends = [self.graph.constant([number], np.int64) for number in (0, count, axis)]
         return self.graph.op("Slice", self, *ends)
 
+    def every(self, step: int, start: int, axis: int) -> Value:
+        """The entries start, start + step, ... of an axis."""
+        ends = [self.graph.constant([number], np.int64) for number in (start, np.iinfo(np.int64).max, axis, step)]
+        return self.graph.op("Slice", self, *ends)
+
     def split(self, parts: int, axis: int = -1) -> tuple[Value, ...]:
         """Equal parts along an axis."""
         return self.graph.ops("Split", self, outputs=parts, axis=axis, num_outputs=parts)

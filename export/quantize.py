@@ -4,6 +4,8 @@
     x ~ (P - z) t,  P in uint8, t and z from the smallest and largest number of x   while running
     x W ~ t s (P - z) Q                                                              one kernel: DynamicQuantizeMatMul
 
+Products of the same x (q, k and v, value and gate) share its quantization: DynamicQuantizeLinear, MatMulIntegerToFloat.
+
 How much a product suffers is measured: both forms of it are computed on the activations of real decoding steps, and its
 error is |x W - its int8 form| / |x W| (Frobenius). Products above the limit stay in fp32, as those of adapters do.
 
@@ -13,6 +15,7 @@ drawn with it. On CPUs without VNNI instructions sums of two products saturate a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -71,14 +74,25 @@ def sensitivity(
 
 def quantize(graph: Graph, errors: Mapping[str, float], limit: float = LIMIT) -> list[NodeProto]:
     """The nodes with the products of small error in int8; their weights are replaced in the graph."""
-    made = []
     chosen = {name for name, error in errors.items() if error <= limit}
+    shared = Counter(node.input[0] for name, node in products(graph).items() if name in chosen)
+    made: list[NodeProto] = []
+    quantized: set[str] = set()
     for node in graph.nodes:
-        if node.name in chosen and node.op_type == "MatMul":
-            x, weight = node.input
-            small, scale = weights_of(graph.weights.pop(weight))
-            graph.weights |= {f"{weight}.int8": small, f"{weight}.scale": scale}
-            inputs = [x, f"{weight}.int8", f"{weight}.scale"]
-            node = helper.make_node("DynamicQuantizeMatMul", inputs, node.output, name=node.name, domain=MICROSOFT)
-        made.append(node)
+        if node.op_type != "MatMul" or node.name not in chosen:
+            made.append(node)
+            continue
+        x, weight = node.input
+        small, scale = weights_of(graph.weights.pop(weight))
+        graph.weights |= {f"{weight}.int8": small, f"{weight}.scale": scale}
+        if shared[x] == 1:
+            inputs, kind = [x, f"{weight}.int8", f"{weight}.scale"], "DynamicQuantizeMatMul"
+        else:
+            values = [f"{x}.{part}" for part in ("uint8", "scale", "zero")]
+            if x not in quantized:
+                quantized.add(x)
+                made.append(helper.make_node("DynamicQuantizeLinear", [x], values, name=f"{x}.quantize"))
+            inputs = [values[0], f"{weight}.int8", values[1], f"{weight}.scale", values[2]]
+            kind = "MatMulIntegerToFloat"
+        made.append(helper.make_node(kind, inputs, node.output, name=node.name, domain=MICROSOFT))
     return made

@@ -37,8 +37,8 @@ Grid = tuple[Value, Value]
 class Adapters(Protocol):
     """What a form of export adds at the places an adapter can change; see ``adapters``."""
 
-    def linear(self, name: str, x: Value, y: Value) -> Value:
-        """y = x W^T -> y with the low-rank pair of each row."""
+    def linear(self, name: str, x: Value, parts: tuple[Value, ...]) -> tuple[Value, ...]:
+        """The parts of y = x W^T -> the same with the low-rank pair of each row."""
 
     def bottleneck(self, name: str, y: Value) -> Value:
         """y -> y with the bottleneck of each row."""
@@ -49,10 +49,16 @@ def numbers(tensor: Tensor) -> Array:
     return tensor.detach().float().cpu().numpy()
 
 
-def linear(graph: Graph, module: Linear, x: Value, adapters: Adapters) -> Value:
-    """x W^T and what the form of export adds to it."""
-    weight = graph.weight(f"{module.name}.weight", numbers(module.weight).T)
-    return adapters.linear(module.name, x, graph.op("MatMul", x, weight, name=module.name))
+def linear(graph: Graph, module: Linear, x: Value, adapters: Adapters, parts: int = 1) -> tuple[Value, ...]:
+    """x W^T in equal parts, say q, k and v, and what the form of export adds to them.
+
+    A product for each: one product would have to be copied apart, which costs more than reading x again.
+    """
+    made = []
+    for index, weight in enumerate(np.split(numbers(module.weight).T, parts, axis=1)):
+        name = module.name if parts == 1 else f"{module.name}.{index}"
+        made.append(graph.op("MatMul", x, graph.weight(f"{name}.weight", weight), name=name))
+    return adapters.linear(module.name, x, tuple(made))
 
 
 def normalize(graph: Graph, module: RMSNorm | LayerNorm, name: str, x: Value) -> Value:
@@ -111,7 +117,7 @@ class Transformer:
         return made
 
     def _keys_values(self, module: TextAttention, text: Value, into: Conditioning) -> None:
-        keys, values = self._linear(module.kv, text).split(2)
+        keys, values = self._parts(module.kv, text, 2)
         into |= {f"{module.name}.keys": keys, f"{module.name}.values": values}
 
     # What a step costs.
@@ -151,7 +157,10 @@ class Transformer:
         return made.cast(np.float32)
 
     def _linear(self, module: Linear, x: Value) -> Value:
-        return linear(self.graph, module, x, self.adapters)
+        return self._parts(module, x, 1)[0]
+
+    def _parts(self, module: Linear, x: Value, parts: int) -> tuple[Value, ...]:
+        return linear(self.graph, module, x, self.adapters, parts)
 
     def _ada(self, module: AdaNorm, x: Value, conditioning: Conditioning) -> Value:
         name = module.linear.name.removesuffix(".linear")
@@ -165,7 +174,7 @@ class Transformer:
         return self.adapters.bottleneck(layer.ff.name, x)
 
     def _self_attention(self, module: SelfAttention, x: Value) -> Value:
-        q, k, v = self._linear(module.qkv, x).split(3)
+        q, k, v = self._parts(module.qkv, x, 3)
         name = module.to_out.name.removesuffix(".to_out")
         return self._linear(module.to_out, attend(q, k, v, module.heads, name))
 
@@ -175,7 +184,7 @@ class Transformer:
         return self._linear(module.to_out, mixed)
 
     def _mlp(self, module: GatedMLP, x: Value) -> Value:
-        value, gate = self._linear(module.up, x).split(2)
+        value, gate = self._parts(module.up, x, 2)
         return self._linear(module.down, value * self.graph.op("Gelu", gate))
 
     def _stage(self, stage: ConvStage, x: Value, grid: Grid, conditioning: Conditioning) -> Value:
@@ -202,7 +211,9 @@ class Transformer:
     def _response_norm(self, block: ConvBlock, name: str, x: Value) -> Value:
         """x (1 + gamma n) + beta, n = the norm of a channel over the grid / its mean over channels."""
         graph, norm = self.graph, block.channelwise_norm
-        squares = graph.op("ReduceSumSquare", x.cast(np.float32), graph.constant([1], np.int64))
+        # ONNX Runtime sums over a middle axis fast, but not in ReduceSumSquare.
+        wide = x.cast(np.float32)
+        squares = graph.op("ReduceSum", wide * wide, graph.constant([1], np.int64))
         norms = graph.op("Sqrt", squares).cast(x.dtype)
         mean = graph.op("ReduceMean", norms, graph.constant([-1], np.int64))
         gamma = graph.weight(f"{name}.channelwise_norm.gamma", numbers(norm.gamma)[0])

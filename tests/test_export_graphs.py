@@ -14,7 +14,8 @@ import torch
 
 import stylemuse as sm
 from stylemuse.export import check, convert, files, fuse
-from stylemuse.export.graph import MICROSOFT, Graph
+from stylemuse.export.folder import write
+from stylemuse.export.graph import Graph
 from stylemuse.export.spec import GraphSpec
 
 PROMPTS = ("a fox in the red castle", "", "an owl")
@@ -105,17 +106,41 @@ def test_weights_of_a_large_graph_lie_in_one_sidecar(
     assert places == {"text.onnx.data"}
 
 
-def test_the_plain_graph_is_standard_and_the_fused_one_has_fewer_nodes(pipe: sm.Pipeline, tmp_path: Path) -> None:
-    _, graph = convert.step(pipe.network.transformer)
-    files.write(graph, tmp_path / "step.onnx")
-    onnx.checker.check_model(onnx.load(tmp_path / "step.onnx"), full_check=True)
+@pytest.mark.parametrize(
+    ("built", "slow", "fast"),
+    [
+        (lambda network: convert.step(network.transformer), "Attention", "MultiHeadAttention"),
+        (lambda network: convert.pixels(network.vq), "GroupNormalization", "InstanceNormalization"),
+    ],
+)
+def test_the_plain_graph_is_standard_and_the_fused_one_has_its_kernels(
+    pipe: sm.Pipeline, tmp_path: Path, built: Callable[..., Any], slow: str, fast: str
+) -> None:
+    _, graph = built(pipe.network)
+    files.write(graph, tmp_path / "graph.onnx")
+    onnx.checker.check_model(onnx.load(tmp_path / "graph.onnx"), full_check=True)
     assert all(node.domain == "" for node in graph.nodes)
-    before = len(graph.nodes)
+    before = sum(node.op_type == slow for node in graph.nodes)
     for function in fuse.REWRITES.values():
         graph.nodes = function(graph)
-    assert len(graph.nodes) < before
-    assert not [node.name for node in graph.nodes if node.op_type == "Attention"]
-    assert any(node.domain == MICROSOFT for node in graph.nodes)
+    kinds = [node.op_type for node in graph.nodes]
+    assert kinds.count(slow) == 0 < before == kinds.count(fast)
+
+
+def test_weights_do_not_grow_with_the_steps(pipe: sm.Pipeline, tmp_path: Path) -> None:
+    """Nor does a rewrite leave one that no node reads."""
+    sizes = []
+    for steps in (3, 30):
+        longer = sm.Pipeline(pipe.name, pipe.network, pipe.adapters, {"defaults": {"steps": steps}}, pipe._why)
+        (made := tmp_path / str(steps)).mkdir()
+        write(longer, pipe.network, made, "bank", [])
+        sizes.append({path.name: path.stat().st_size for path in sorted(made.glob("*.onnx"))})
+        for path in made.glob("*.onnx"):
+            graph = onnx.load(path).graph
+            read = {name for node in graph.node for name in node.input}
+            assert not [each.name for each in graph.initializer if each.name not in read]
+    assert sizes[0] == sizes[1]
+    assert len(sizes[0]) == 5
 
 
 def _without_bias(graph: Graph) -> list[onnx.NodeProto]:
