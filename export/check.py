@@ -12,9 +12,6 @@ import onnxruntime
 from ..core import StylemuseError
 from .spec import Array, GraphSpec
 
-AGREEMENT = 0.999
-"""Share of whole numbers that must be equal: a token whose two best codes all but tie may fall either way."""
-
 
 def run(
     path: Path, description: GraphSpec, inputs: Sequence[Mapping[str, Array]], probes: Sequence[str] = ()
@@ -38,8 +35,8 @@ def run(
             Path(source).unlink()
 
 
-def compare(what: str, before: Mapping[str, Array], after: Mapping[str, Array], tolerance: float) -> float:
-    """The largest error relative to the largest value; whole numbers must agree.
+def compare(description: GraphSpec, what: str, before: Mapping[str, Array], after: Mapping[str, Array]) -> float:
+    """The largest error relative to the largest value; whole numbers must agree as the description allows.
 
     Raises:
         StylemuseError: an error above the tolerance, or too many whole numbers that differ; `what` is named.
@@ -55,12 +52,13 @@ def compare(what: str, before: Mapping[str, Array], after: Mapping[str, Array], 
             # A byte of a picture may be rounded either way.
             near = 1 if expected.dtype == np.uint8 else 0
             equal = float((np.abs(got.astype(np.int64) - expected) <= near).mean())
-            if equal < AGREEMENT:
-                raise StylemuseError(f"{what}: {equal:.2%} of {name} agree; at least {AGREEMENT:.1%} must")
+            if equal < description.agreement:
+                raise StylemuseError(f"{what}: {equal:.2%} of {name} agree; at least {description.agreement:.1%} must")
             continue
-        error = float(np.abs(got - expected).max() / np.abs(expected).max())
-        if not error <= tolerance:
-            raise StylemuseError(f"{what}: {name} is off by {error:.2g} of its largest value; allowed is {tolerance:g}")
+        got, expected = got.astype(np.float32), expected.astype(np.float32)
+        error, allowed = float(np.abs(got - expected).max() / np.abs(expected).max()), description.tolerance
+        if not error <= allowed:
+            raise StylemuseError(f"{what}: {name} is off by {error:.2g} of its largest value; allowed is {allowed:g}")
         worst = max(worst, error)
     return worst
 

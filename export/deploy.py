@@ -1,7 +1,7 @@
 """Export: a pipeline's model and styles -> a folder of graphs that needs neither this runtime nor torch.
 
-What is written is opened again and draws the same requests as the model: in fp32 the tokens must agree, and for int8
-the manifest tells how many do.
+What is written is opened again and draws the same requests as the model: in fp32 the tokens must agree, and for fp16
+and int8 the manifest tells how many do.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ..pipeline import Pipeline
 from ..reference import Reference
 from . import agreement, files, folder, generate, manifest, page, quantize
 from .adapters import FORMS, pack
-from .check import AGREEMENT
 from .loading import open_folder
 from .manifest import File, GraphFile, Manifest
+from .spec import ACCURACY
 
 
 def export(
@@ -45,7 +45,8 @@ def export(
             "fused" (one style, or none, in the graphs).
         styles: names of the pipeline's styles; all of them if left out, and none for "fused".
         strength: multiplies the scale of a style that is fused.
-        precision: of the step's matrix products: "float32", or "int8" as in ``quantize``.
+        precision: "float32", "float16" (of the transformer, as in ``folder``; for GPUs: a CPU is slow in it) or "int8"
+            (of the step's matrix products, as in ``quantize``).
         runtime: the folder of the npm package onnxruntime-web, for a page that draws in a browser; form "bank" has one.
 
     Raises:
@@ -99,7 +100,8 @@ def _deploy(
     precision: str,
 ) -> Manifest:
     """Write, quantize if asked for, compare, and tell the manifest."""
-    written = folder.write(pipe, network, path, form, adapters, strength)
+    base = "float32" if precision == "int8" else precision
+    written = folder.write(pipe, network, path, form, adapters, strength, base)
     made, pairs = written.manifest, agreement.requests(form, [adapter.name for adapter in adapters], strength)
     facts: dict[str, Any] = {}
     if precision == "int8":
@@ -112,7 +114,7 @@ def _deploy(
     made.write(path)
     measured = agreement.measure(pipe, path, pairs)
     for share in ("tokens", "tokens_of_generate"):
-        if precision == "float32" and measured[share] < AGREEMENT:
+        if precision == "float32" and measured[share] < ACCURACY["float32"]["agreement"]:
             raise StylemuseError(f"the graphs agree with the model in {measured[share]:.2%} of {share} only")
     made = replace(made, agreement=measured | facts)
     made.write(path)

@@ -1,4 +1,4 @@
-"""A model and styles -> a folder of graphs in fp32, and what its manifest tells; ``deploy`` is what a user calls."""
+"""A model and styles -> a folder of graphs, and what its manifest tells; ``deploy`` is what a user calls."""
 
 from __future__ import annotations
 
@@ -36,9 +36,20 @@ class Written(NamedTuple):
 
 
 def write(
-    pipe: Pipeline, network: Reference, folder: Path, form: str, adapters: Sequence[Adapter], strength: float = 1.0
+    pipe: Pipeline,
+    network: Reference,
+    folder: Path,
+    form: str,
+    adapters: Sequence[Adapter],
+    strength: float = 1.0,
+    precision: str = "float32",
 ) -> Written:
-    """Write everything into a folder that is there and empty; ``strength`` is of a style that is fused."""
+    """Write everything into a folder that is there and empty; ``strength`` is of a style that is fused.
+
+    ``precision`` is the number format of the transformer, condition and step: "float32", or "float16", in which norms,
+    the softmax of attention, the weighted sum and all from the logits on are computed in fp32 all the same. What goes
+    in and comes out is as in fp32, but for the conditioning, which one graph gives and the other takes.
+    """
     transformer, length = network.transformer, network.tokenizer.length
     config, sites = transformer.config, transformer.config.sites()
     if form == "fused":
@@ -49,8 +60,8 @@ def write(
         styling = Styling(form, places(sites, config.bottleneck_sites(), used))
     built = {
         "text": convert.text(network.text_encoder, length),
-        "condition": convert.condition(transformer, length, styling),
-        "step": convert.step(transformer, styling),
+        "condition": convert.condition(transformer, length, styling, precision),
+        "step": convert.step(transformer, styling, precision),
         "pixels": convert.pixels(network.vq),
         "codes": convert.codes(network.vq),
     }
@@ -64,7 +75,7 @@ def write(
         described[adapter.name] = _describe(adapter, files, strength, slot if form == "bank" else 0)
     side, count = network.sizes.side**2, int(pipe.defaults.get("steps", 12))
     made = Manifest(
-        pipe.name, form, "float32", network.mask_id, config.codebook_size, *network.sizes, length, dict(pipe.defaults),
+        pipe.name, form, precision, network.mask_id, config.codebook_size, *network.sizes, length, dict(pipe.defaults),
         graphs, tokenizer, described, schedule=asdict(schedule.amused(side, side, count)),
     )  # fmt: skip
     return Written(made, built, styling)

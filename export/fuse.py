@@ -82,7 +82,7 @@ def rewrite(description: GraphSpec, graph: Graph, path: Path, sizes: Sequence[Ma
             continue
         files.write(graph, path, data=False)
         pairs = zip(before, check.run(path, description, inputs), strict=True)
-        errors[name] = max(check.compare(f"{path.name}, {name}", *pair, description.tolerance) for pair in pairs)
+        errors[name] = max(check.compare(description, f"{path.name}, {name}", *pair) for pair in pairs)
     return errors
 
 

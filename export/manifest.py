@@ -30,8 +30,8 @@ MAX_JSON_BYTES = 8 << 20
 MAX_GRAPH_BYTES = 1 << 30
 MAX_DATA_BYTES = 64 << 30
 MAX_STYLES = 10_000
-PRECISIONS = ("float32", "int8")
-DTYPES = ("int64", "float32", "bool", "uint8")
+PRECISIONS = ("float32", "float16", "int8")
+DTYPES = ("int64", "float32", "float16", "bool", "uint8")
 
 _STYLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TOKENIZER = re.compile(r"tokenizer/(tokenizer|tokenizer_config|special_tokens_map|vocab)\.json|tokenizer/merges\.txt")

@@ -22,7 +22,7 @@ from .manifest import GraphFile, Manifest
 from .spec import Array, Tensor
 
 AESTHETIC_SCORE = 6.0
-_KINDS = {"int64": "int64", "float32": "float", "bool": "bool", "uint8": "uint8"}
+_KINDS = {"int64": "int64", "float32": "float", "float16": "float16", "bool": "bool", "uint8": "uint8"}
 
 
 class Text(NamedTuple):

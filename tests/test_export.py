@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from exports import any_request, bottleneck, same, with_more_styles
@@ -113,6 +114,25 @@ def test_fused(pipe: sm.Pipeline, tmp_path: Path, style: str) -> None:
         exported.generate("a fox", style={style: sm.Style(strength=0.7)}, guidance=UNGUIDED)
 
 
+@pytest.mark.parametrize("form", ["bank", "single", "fused"])
+def test_float16(pipe: sm.Pipeline, tmp_path: Path, form: str) -> None:
+    """The transformer in fp16: nearly the model's tokens in the first step, and types are told."""
+    styles = ["ink"] if form == "fused" else ["ink", "drop"]
+    made = export(pipe, tmp_path / "half", form=form, styles=styles, precision="float16")
+    assert 0.7 < made.agreement["tokens"] <= 1
+    types = {tensor.name: tensor.dtype for tensor in made.graphs["step"].inputs}
+    assert types["transformer_layers.0.attn2.keys"] == "float16"
+    assert types["weights"] == "float32"
+    weights = onnx.load(tmp_path / "half" / "step.onnx").graph.initializer
+    wide = {each.name for each in weights if each.data_type == onnx.TensorProto.FLOAT and np.prod(each.dims) > 64}
+    assert not wide
+    exported = sm.load(str(tmp_path / "half"))
+    assert exported.explain()["dtype"] == "float16: what it was exported in"
+    request = Request("a fox", style="ink", seed=3, n=2, sampling=Sampling(1), guidance=sm.CFG(2.0))
+    got, expected = exported.run([request])[0].tokens, pipe.run([request])[0].tokens
+    assert np.mean(got == expected) > 0.9
+
+
 def test_base_without_adapters(pipe: sm.Pipeline, tmp_path: Path) -> None:
     made = export(pipe, tmp_path / "base", form="fused")
     assert not made.styles
@@ -164,7 +184,7 @@ def test_the_manifest_tells_what_is_there(pipe: sm.Pipeline, bank: Path) -> None
         ({"form": "merged"}, "allowed: bank, single, fused"),
         ({"form": "fused", "styles": ["ink", "neon"]}, "takes one style, not 2"),
         ({"styles": ["oil"]}, "allowed are drop, ink, neon, wide"),
-        ({"precision": "int4"}, "allowed: float32, int8"),
+        ({"precision": "int4"}, "allowed: float32, float16, int8"),
         ({"strength": 2.0}, "strength has no effect"),
     ],
 )

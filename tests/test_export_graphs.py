@@ -167,7 +167,8 @@ def test_a_rewrite_that_changes_numbers_fails(
 def test_whole_numbers_must_agree() -> None:
     expected, got = np.arange(2000), np.arange(2000)
     got[:2] += 1
-    assert check.compare("x", {"tokens": expected}, {"tokens": got}, 1e-4) == 0.0
+    description = GraphSpec("x", (), ())
+    assert check.compare(description, "x", {"tokens": expected}, {"tokens": got}) == 0.0
     got[2] += 1
     with pytest.raises(sm.StylemuseError, match=r"99\.85% of tokens agree"):
-        check.compare("x", {"tokens": expected}, {"tokens": got}, 1e-4)
+        check.compare(description, "x", {"tokens": expected}, {"tokens": got})

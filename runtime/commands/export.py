@@ -25,7 +25,9 @@ def export(
         str | None, typer.Option("--styles", help="Names, with commas between; all if left out, none for fused.")
     ] = None,
     strength: Annotated[float, typer.Option("--strength", help="Strength of the style that is fused.")] = 1.0,
-    precision: Annotated[str, typer.Option("--precision", help="Of the transformer: float32 or int8.")] = "float32",
+    precision: Annotated[
+        str, typer.Option("--precision", help="Of the transformer: float32, float16 (slow on a CPU) or int8.")
+    ] = "float32",
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", help="NAME=PATH: a style to register first; may be repeated.")
     ] = None,
