@@ -4,8 +4,8 @@
 // case; split into words, single digits and runs of signs; the bytes of each piece merged by byte-pair encoding; framed
 // by the start and the end token, cut or padded.
 
-const BYTE_LEVEL = /'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+/gu;
-const SPACE = /\p{White_Space}+/gu;
+const BYTE_LEVEL = pattern(String.raw`'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+`);
+const SPACE = pattern("\\s+");
 const NORMALIZERS = ["NFC", "Replace", "Lowercase"];
 const SPLITTERS = ["Split", "ByteLevel"];
 
@@ -18,7 +18,7 @@ export class Tokenizer {
     need(kinds(file.pre_tokenizer?.pretokenizers) === SPLITTERS.join(), "its pre-tokenizer");
     need(!file.added_tokens.some(token => token.single_word || token.lstrip || token.rstrip), "a special token");
     this.length = length;
-    this.piece = new RegExp(file.pre_tokenizer.pretokenizers[0].pattern.Regex, "gu");
+    this.piece = pattern(file.pre_tokenizer.pretokenizers[0].pattern.Regex);
     this.vocabulary = new Map(Object.entries(file.model.vocab));
     this.unknown = this.vocabulary.get(file.model.unk_token);
     const pairs = file.model.merges.map(pair => (Array.isArray(pair) ? pair.join(" ") : pair));
@@ -63,6 +63,11 @@ export class Tokenizer {
       symbols.splice(place, 2, symbols[place] + symbols[place + 1]);
     }
   }
+}
+
+/** A pattern of the tokenizers' library, where \s is Unicode's white space; here it would be another. */
+function pattern(source) {
+  return new RegExp(source.replaceAll("\\s", "\\p{White_Space}"), "gu");
 }
 
 /** Letter by letter: the end of a word changes no letter, as it would in toLowerCase of a whole text. */
