@@ -178,6 +178,18 @@ def test_malformed_bodies(live: Live, body: bytes) -> None:
     assert answer.json()["error"]["message"]
 
 
+def test_a_query_parameter_without_effect_is_refused(live: Live) -> None:
+    with live.client() as http, live.administrator() as administrator:
+        answers = [http.post(f"{PATH}?style=ink", json={"prompt": "a fox"}), http.get("/v1/models?style=ink")]
+        answers.append(administrator.post("/v1/unload_lora_adapter?style=1", json={"lora_name": "ink"}))
+        other = administrator.put("/v1/adapters/look?style=1", content=b"x")
+        assert http.get("/livez?x=1").status_code == 200
+    for answer in answers:
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "query")
+        assert answer.json()["error"]["message"] == "query parameter 'style' is unknown; none is allowed"
+    assert (other.status_code, other.json()["error"]["message"]) == (400, "query.style: Extra inputs are not permitted")
+
+
 def test_no_error_shows_a_path(live: Live) -> None:
     with live.client() as http:
         answers = [http.post(PATH, json={"prompt": "a fox", "style": "x"}), http.get("/v1/nothing"), http.put(PATH)]
@@ -228,7 +240,8 @@ def test_metrics_have_bounded_labels(live: Live) -> None:
     for name in ("stylemuse_step_seconds_count", "stylemuse_step_rows_bucket", "stylemuse_adapters_resident 2.0"):
         assert name in text
     assert set(re.findall(r'route="([^"]+)"', text)) <= {
-        PATH, "/v1/models", "/v1/models/{name}", "/metrics", "other", "/livez", "/"
+        PATH, "/v1/models", "/v1/models/{name}", "/metrics", "other", "/livez", "/",
+        "/v1/adapters/{name}", "/v1/unload_lora_adapter",
     }  # fmt: skip
 
 
@@ -276,6 +289,7 @@ def test_a_full_server_and_a_late_one(tiny_model: Path, monkeypatch: pytest.Monk
             full = http.post(PATH, json={"prompt": "a fox"})
             assert (full.status_code, full.headers["retry-after"]) == (429, "1")
             assert full.json()["error"]["type"] == "rate_limit_error"
+            assert f'{{method="POST",route="{PATH}",status="429"}} 1.0' in http.get("/metrics").text
             gate.free()
             assert b"image_generation.completed" in first.read()
         late = http.post(PATH, json={"prompt": "a fox", "timeout": 1e-9})

@@ -24,8 +24,8 @@ from ..decoding.loop import Canvas
 
 QUANTUM = 32
 """Steps of a turn: most recipes finish in one."""
-_AHEAD = 4
-"""Passes' worth of requests that are prepared and have not begun, at most."""
+AHEAD = 2
+"""Passes' worth of requests that are prepared and have not begun, at most; a memory budget counts on it."""
 
 
 @dataclass(eq=False)
@@ -98,14 +98,14 @@ class Batcher:
         """The request to prepare next, taken out; None if there is none or enough is prepared."""
         if not self._waiting:
             return None
-        first = self._waiting[0].tag
+        first, demand = self._waiting[0].tag, self._waiting[0].item.demand
         fresh = {
             id(place.item.entry): (place.tag, place.item.entry.demand)
             for place in self._ready
             if not place.item.entry.begun
         }
-        before = sum(demand for tag, demand in fresh.values() if tag <= first)
-        if before >= self.capacity or sum(demand for _, demand in fresh.values()) >= _AHEAD * self.capacity:
+        before = sum(taken for tag, taken in fresh.values() if tag <= first)
+        if before >= self.capacity or sum(taken for _, taken in fresh.values()) + demand > AHEAD * self.capacity:
             return None
         entry: Entry = heapq.heappop(self._waiting).item
         return entry

@@ -5,7 +5,7 @@ Per row of N tokens, in bytes of the network's format b unless said otherwise, w
     streams   4 N max(C, D)                          the residual stream, its norm and what is added to them
     widest    max(3 N 4C, 4 N inner)                 ConvNeXt and its norm; the gated MLP; or, where more, the
               N (2 C b + 12 C + K (4 + b)) / b       head: features, hidden states in fp32, logits in fp32 and b
-    context   3 x its tensors                        one of the running row, one stacked, one prepared ahead; with
+    context   (2 + AHEAD) x its tensors              one of the running row, one stacked, those prepared ahead; with
                                                      buckets one for each that is kept, in place of the one stacked
 
 The draw's noise is made a chunk at a time and takes the same for any number of rows.
@@ -21,6 +21,7 @@ from ..kernels.dispatch import STEP
 from ..kernels.sampling import CHUNK
 from ..models.amused import AmusedConfig
 from ..reference import Reference
+from .batcher import AHEAD
 
 NOISE_BYTES = 32 * CHUNK
 """Philox's words of a chunk in int64 and what is made of them."""
@@ -36,7 +37,7 @@ def row_bytes(config: AmusedConfig, text_length: int, dtype: torch.dtype, stacke
     widest = max(12 * working * conv * b, 4 * working * config.intermediate_size * b, head)
     keys = 2 * text_length * (config.num_hidden_layers * width + 4 * config.num_res_blocks * conv)
     scales = 2 * (3 * config.num_hidden_layers * width + 2 * config.num_res_blocks * conv)
-    return streams + widest + (2 + stacked) * (keys + scales) * b
+    return streams + widest + (1 + AHEAD + stacked) * (keys + scales) * b
 
 
 def rows_within(memory: int, network: Reference) -> int:

@@ -46,7 +46,8 @@ class Engine:
     Args:
         pipe: the pipeline; its styles may be changed meanwhile. It stays usable beside the engine.
         max_rows: rows of one forward pass, in units of the model's own picture size; a larger picture takes more.
-        memory: bytes the engine may take beside the model and its styles; decides ``max_rows`` where that is left out.
+        memory: bytes the engine may take beside the model, its styles and the prompts that the pipeline keeps; decides
+            ``max_rows`` where that is left out.
         max_requests: accepted and not yet answered; more are refused with QueueFullError.
         on_step: told of every step's seconds, rows and pictures. on_end: of every request's outcome ("done", "failed",
             "cancelled", "deadline", "closed") and seconds since it was accepted. Both must be quick.
@@ -252,9 +253,8 @@ class Engine:
                     self._done.append(work)
                 elif canvases is None:
                     self._batcher.wait(entry)
-                    self._changed.wait(
-                        _RETRY_SECONDS
-                    )  # requests outside of the engine use slots too: they don't notify
+                    # Requests outside of the engine use slots too, and they don't notify.
+                    self._changed.wait(_RETRY_SECONDS)
                 else:
                     work.timings["queue"] = self._clock() - work.accepted
                     work.turns = self._batcher.ready(entry, canvases)

@@ -22,8 +22,9 @@ from ..engine.engine import Engine
 from ..engine.ticket import Snapshot, Ticket
 from .errors import api_error, request_id
 from .openapi import event_stream, failures
-from .schema import Facts, Generation, Picture, PictureEvent, Pictures, TokenDetails, Usage, to_request
+from .schema import Generation, Picture, PictureEvent, Pictures, TokenDetails, Usage
 from .settings import Settings
+from .translation import Facts, to_request
 
 GENERATIONS = "/v1/images/generations"
 _THREADS = 2
