@@ -101,3 +101,13 @@ def test_a_later_start_leaves_out_the_steps_before_it(pipe: Pipeline, monkeypatc
     rows = watch(monkeypatch, pipe.network, "features")
     draw(pipe, image=noise(), strength=0.25, steps=8, guidance=CFG(3.0))
     assert rows == [2, 2]
+
+
+def test_positions_are_read_out_in_few_shapes(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step masks another number of them, and every shape costs a compiled product."""
+    masked, computed = (watch(monkeypatch, owner, "logits") for owner in (pipe.network, pipe.network.transformer))
+    read = watch(monkeypatch, pipe.network.transformer, "readout")
+    draw(pipe, n=2, steps=12, guidance=CFG(3.0))
+    assert len(set(masked)) == 12
+    assert set(computed) == {64, 128}
+    assert set(read) == {64, 128, 192, 256}
