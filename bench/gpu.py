@@ -37,7 +37,10 @@ from .arguments import Arguments
 from .networks import TINY
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("test_triton_linear.py", "test_triton_kernels.py", "test_triton_model.py", "test_decoding_step.py")
+TESTS = (
+    "test_triton_linear.py", "test_quantized_linear.py", "test_triton_kernels.py", "test_triton_model.py",
+    "test_quantization.py", "test_decoding_step.py",
+)  # fmt: skip
 FULL = AmusedConfig()
 
 Document = dict[str, list[dict[str, Any]]]
@@ -232,7 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         gpu = torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else None
         options.tuned = options.folder / "tuned.json" if gpu is None else tuning.tuned_file(gpu)
     dtype = torch.float32 if options.tiny else machine.dtype
-    rates = measure.roofs(machine.device, [dtype], sides=(64,) if options.tiny else ())
+    formats = [dtype, *kernels.eight_bit_formats(machine.device)]
+    rates = measure.roofs(machine.device, formats, sides=(64,) if options.tiny else ())
     plan = Plan(machine.device, dtype, options.tuned, options.seed, rates)
     plan = tiny(plan) if options.tiny else plan
     options.folder.mkdir(parents=True, exist_ok=True)

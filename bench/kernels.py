@@ -19,8 +19,10 @@ from stylemuse.kernels.bottleneck import bottleneck
 from stylemuse.kernels.canvases import Canvases, Schedules
 from stylemuse.kernels.decoding_step import decoding_step
 from stylemuse.kernels.dispatch import REFERENCE, Kernels, obstacle, triton_kernels
-from stylemuse.kernels.linear import linear
 from stylemuse.kernels.norm import norm
+from stylemuse.kernels.projection import Projection
+from stylemuse.kernels.quantization import FORMATS, NAMES, quantize_reference
+from stylemuse.kernels.quantization import obstacle as format_obstacle
 from stylemuse.kernels.response_norm import response_norm
 from stylemuse.kernels.rows import Bottleneck, LowRank, RowSlots
 from stylemuse.machine import DTYPES, choose
@@ -36,17 +38,21 @@ IMPLEMENTATIONS = ("reference", "compiled", "triton")
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation on random inputs; ``compared`` is false where its inputs change from call to call."""
+    """One operation on random inputs; ``compared`` is false where its inputs change from call to call.
+
+    ``number`` is the format of its matrix products, where it is not the inputs'.
+    """
 
     name: str
     flop: int
     bytes: int
     run: Callable[[Kernels], Tensor]
     compared: bool = True
+    number: torch.dtype | None = None
 
     def floor(self, rates: dict[str, Any], dtype: torch.dtype) -> float:
         """Seconds."""
-        return max(self.flop / rates[f"{measure.short(dtype)}_flops"], self.bytes / rates["bytes"])
+        return max(self.flop / rates[f"{measure.short(self.number or dtype)}_flops"], self.bytes / rates["bytes"])
 
 
 class Inputs:
@@ -61,6 +67,12 @@ class Inputs:
         return made.to(self.device, self.dtype)
 
 
+def eight_bit_formats(device: torch.device) -> list[torch.dtype]:
+    """Those that a device's matrix units multiply; a CPU has none for fp8."""
+    names = ("int8",) if device.type == "cpu" else tuple(FORMATS)
+    return [FORMATS[name] for name in names if format_obstacle(name, device) is None]
+
+
 def operations(
     config: AmusedConfig, device: torch.device, dtype: torch.dtype, *, rows: int, seed: int = 0
 ) -> Iterator[Operation]:
@@ -72,7 +84,7 @@ def operations(
 
     def product(name: str, inputs: int, outputs: int, parts: int = 1, **options: Any) -> Operation:
         x, weight = made.random(rows, n, inputs), made.random(parts * outputs, inputs, scale=inputs**-0.5)
-        adapted, residual = options.pop("adapted", False), None
+        adapted, number, residual = options.pop("adapted", False), options.pop("number", None), None
         if options.pop("residual", False):
             residual = made.random(rows, n, outputs)
         pair = None
@@ -82,14 +94,14 @@ def operations(
             pair = LowRank(down, made.random(rows, parts, RANK, outputs, scale=0.1), ranks)
         extra = 2 * rows * n * RANK * parts * (inputs + outputs) if adapted else 0
         written = parts * outputs // (2 if options.get("activation") == "geglu" else 1)
-        moved = rows * n * (inputs + written * (2 if residual is not None else 1)) + weight.numel()
+        project = Projection(weight if number is None else quantize_reference(weight, number), pair)
+        moved = size * rows * n * (inputs + written * (2 if residual is not None else 1))
         return Operation(
-            name,
+            name if number is None else f"{name}, {NAMES[number]}",
             2 * rows * n * inputs * parts * outputs + extra,
-            size * (moved + (0 if pair is None else pair.down.numel() + pair.up.numel())),
-            lambda kernels: linear(
-                x, weight, None, pair, slots if adapted else None, residual=residual, kernels=kernels, **options
-            ),
+            moved + project.weight.nbytes + (0 if pair is None else pair.down.nbytes + pair.up.nbytes),
+            lambda kernels: project(x, slots if adapted else None, residual=residual, kernels=kernels, **options),
+            number=number,
         )
 
     def attending(name: str, width: int, heads: int, keys: int) -> Operation:
@@ -104,6 +116,10 @@ def operations(
     yield product("gated up-projection", d, 2 * inner, activation="geglu")
     yield product("down-projection, residual", inner, d, residual=True)
     yield product("conv block up-projection, gelu", c, 4 * c, activation="gelu")
+    for number in eight_bit_formats(device):
+        yield product("q, k, v with adapters", d, d, 3, adapted=True, number=number)
+        yield product("gated up-projection", d, 2 * inner, activation="geglu", number=number)
+        yield product("down-projection, residual", inner, d, residual=True, number=number)
     yield attending("self-attention", d, config.num_attention_heads, n)
     yield attending("attention to the text", d, config.num_attention_heads, TEXT)
     yield attending("conv stage's attention to the text", c, config.block_num_heads, TEXT)
@@ -240,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     dtypes = [choose(options.device, dtype).dtype for dtype in options.dtypes or [None]]
     device = choose(options.device).device
-    rates = measure.roofs(device, dtypes)
+    rates = measure.roofs(device, [*dtypes, *eight_bit_formats(device)])
     rows = [
         row
         for dtype in dtypes

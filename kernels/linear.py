@@ -51,16 +51,16 @@ def linear_reference(
     adapter: LowRank | None = None,
     rows: RowSlots | None = None,
 ) -> Tensor:
-    """The definition in plain torch.
-
-    Products are batched over the rows of a slot, so that each has the shape it has for a row alone, and are added where
-    they belong: on a CPU it is the passes over y that cost, not the arithmetic.
-    """
+    """The definition in plain torch."""
     return add_pairs(F.linear(x, weight, bias), x, adapter, rows)
 
 
 def add_pairs(y: Tensor, x: Tensor, adapter: LowRank | None, rows: RowSlots | None) -> Tensor:
-    """y plus the low-rank pair of each row's slot, in place; y is needed by nobody else."""
+    """y plus the low-rank pair of each row's slot, in place: y must be needed by nobody else.
+
+    Products are batched over the rows of a slot, so that each has the shape it has for a row alone, and are added where
+    they belong: on a CPU it is the passes over y that cost, not the arithmetic.
+    """
     if adapter is None or rows is None:
         return y
     parts, outputs = adapter.up.shape[1], adapter.up.shape[3]

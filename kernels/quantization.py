@@ -95,8 +95,9 @@ def choices(architecture: str, dtype: torch.dtype) -> tuple[Launch, ...]:
     """The launches of a quantization, the default first: few tokens a program, so that there are many programs."""
     if architecture == INTERPRETER:
         return (Launch({"BLOCK_TOKENS": 16, "BLOCK_INPUTS": 64}, 4, 1),)
-    depth = 64 if dtype == torch.float32 else 128
-    return tuple(Launch({"BLOCK_TOKENS": tokens, "BLOCK_INPUTS": depth}, 4, 2) for tokens in (16, 32))
+    if dtype == torch.float32:
+        return (Launch({"BLOCK_TOKENS": 16, "BLOCK_INPUTS": 64}, 4, 2),)
+    return tuple(Launch({"BLOCK_TOKENS": tokens, "BLOCK_INPUTS": 128}, 4, 2) for tokens in (16, 32))
 
 
 @jit

@@ -73,11 +73,16 @@ def quantized_linear_reference(
     return add_pairs((y if bias is None else y + bias).to(x.dtype), x, adapter, rows)
 
 
-def choices(architecture: str, outputs: int, activation: str) -> tuple[Launch, ...]:
-    """The launches of a product, the default first: `linear`'s with numbers of half the size."""
+def choices(architecture: str, dtype: torch.dtype, outputs: int, activation: str) -> tuple[Launch, ...]:
+    """The launches of a product, the default first: `linear`'s with numbers of half the size.
+
+    Where the adapter is in fp32, its product with B takes registers that larger tiles do not leave.
+    """
     if architecture == INTERPRETER:
         return (_launch(64, 64, 32, 4, 1),)
     depth, stages = (64, 3) if architecture in ("sm_80", "gfx942") else (128, 4)
+    if dtype == torch.float32:
+        return (_launch(32, 16 if activation == "geglu" else 32, depth, 4, 2),)
     stages = 2 if architecture == "gfx942" else stages
     wide, middle = _launch(128, 128, depth, 8, min(stages, 3)), _launch(128, 64, depth, 8, stages)
     narrow, small = _launch(64, 64, depth, 4, stages), _launch(64, 64, depth, 8, stages)
@@ -269,7 +274,7 @@ def _quantized_linear(
     call = quantize_call(x, adapter, rows, before, made, architecture)
     call.run(pick("quantize", f"{inputs} {norm} {number} {dtype}", x.device, launches))
     y = empty_output(x, weight, activation)
-    launches = choices(architecture, outputs, activation)
+    launches = choices(architecture, x.dtype, outputs, activation)
     scaled = Quantized(weight, weight_scales)
     call = product_call(made, scaled, bias, adapter, rows, residual, modulation, activation, y, architecture)
     problem = f"{outputs} x {inputs} {activation} {number} {dtype}"
@@ -319,7 +324,7 @@ def specimens(architecture: str) -> Iterator[Specimen]:
                 weight = Quantized(torch.empty(parts * outputs, width, dtype=FORMATS[name], device="meta"), scales)
                 y = empty_output(x, weight.values, activation)
                 pair = LowRank(empty(slots, parts, width, lanes), empty(slots, parts, lanes, outputs), counts)
-                launches = choices(architecture, parts * outputs, activation)
+                launches = choices(architecture, dtype, parts * outputs, activation)
                 for adapter in (None, pair):
                     made = empty_activations(x, FORMATS[name], adapter)
                     call = product_call(

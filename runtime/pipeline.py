@@ -60,7 +60,7 @@ def load(
             what an exported folder always runs on.
         device, dtype: None chooses by what the machine has; ``explain()`` tells why.
         quantization: "int8" or "fp8" for weights and activations of the transformer layers in 8 bits, which changes
-            pictures a little (``explain()``, ``stylemuse bench parity``); None for none.
+            pictures a little (``explain()``, ``stylemuse bench quantization``); None for none.
         variant, revision: of a hub id's files, say "fp16"; the commit is pinned for the published aMUSEd models.
         slots, rank: how many adapters can be resident at once, and their largest rank.
 

@@ -104,7 +104,7 @@ class Reference:
         return (
             f"{NAMES[number]}: asked for; weights and activations of {len(small)} projections of the transformer "
             f"layers, {count * self.dtype.itemsize / 1e6:.1f} MB in {now:.1f}; adapters stay in "
-            f"{str(self.dtype).removeprefix('torch.')}; stylemuse bench parity measures what it loses"
+            f"{str(self.dtype).removeprefix('torch.')}; stylemuse bench quantization measures what is lost"
         )
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from stylemuse.bench import gpu, kernels, measure, report, targets
 from stylemuse.kernels import tuning
 from stylemuse.kernels.dispatch import REFERENCE, triton_kernels
 
-RATES = {"float32_flops": 1e9, "bfloat16_flops": 1e9, "bytes": 1e9}
+RATES = {f"{number}_flops": 1e9 for number in ("float32", "bfloat16", "int8", "float8_e4m3fn")} | {"bytes": 1e9}
 
 
 @torch.no_grad()
@@ -36,7 +36,11 @@ def test_operations_cost_what_torch_counts() -> None:
     def flop(_: object, a: Sequence[int], b: Sequence[int], **__: object) -> int:
         return 2 * a[0] * a[1] * a[2] * b[2]
 
-    in_place = {torch.ops.aten.baddbmm_: flop}  # the counter knows the other one only
+    def whole(a: Sequence[int], b: Sequence[int], **__: object) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+    # The counter knows the one that is not in place, and no product of whole numbers.
+    in_place = {torch.ops.aten.baddbmm_: flop, torch.ops.aten._int_mm: whole}
     for operation in kernels.operations(gpu.TINY, torch.device("cpu"), torch.float32, rows=2):
         with FlopCounterMode(display=False, custom_mapping=in_place) as counter, sdpa_kernel(SDPBackend.MATH):
             operation.run(REFERENCE)

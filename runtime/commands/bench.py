@@ -25,6 +25,7 @@ MEASUREMENTS = {
     "serve": ("serving", "load on a running server, in MLPerf's scenarios, and goodput"),
     "soak": ("soak", "minutes of mixed load on a server, nothing lost"),
     "parity": ("parity", "errors against diffusers, transformers and peft at full size"),
+    "quantization": ("quantization", "what a model loses in 8 bits"),
     "pictures": ("pictures", "what a judge sees in the embedded model's pictures"),
     "report": ("report", "one HTML page and plots of what was measured"),
     "tables": ("tables", "the README's tables, from bench/results"),
@@ -41,7 +42,7 @@ def bench(
     if what in ("--help", "-h"):
         say("Usage: stylemuse bench WHAT [OPTIONS]\n")
         for name, (_, about) in MEASUREMENTS.items():
-            say(f"  {name:10}{about}")
+            say(f"  {name:14}{about}")
         say("")
         say("WHAT --help tells its options. The last line is the JSON document; --json prints it alone.")
         return
