@@ -33,8 +33,9 @@ FORMATS: Mapping[str, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4
 NAMES: Mapping[torch.dtype, str] = {number: name for name, number in FORMATS.items()}
 LARGEST: Mapping[torch.dtype, float] = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """m: where the largest number of a vector comes to lie."""
-_LEAST = constant(2.0**-100)
+SMALLEST = 2.0**-100
 """The largest number of a vector is taken to be at least this, so that zeros have a scale."""
+_SMALLEST = constant(SMALLEST)
 _WHOLE = constant(1.5 * 2**23)
 """fp32 numbers of this size have no fraction: adding it rounds to the nearest whole number, a tie to the even one."""
 _ROUND_FIRST = constant(INTERPRETED)
@@ -61,8 +62,9 @@ class Quantized:
 def quantize_reference(x: Tensor, number: torch.dtype) -> Quantized:
     """Every vector of the last dimension with a scale of its own: weights by output, activations by token."""
     wide = x.float()
-    most = wide.abs().amax(-1).clamp(min=2.0**-100)
-    scales = most / LARGEST[number]
+    most = wide.abs().amax(-1).clamp(min=SMALLEST)
+    # By a tensor: on a GPU torch divides by a number through its reciprocal, which rounds otherwise.
+    scales = most / torch.full_like(most, LARGEST[number])
     values = wide / scales[..., None]
     return Quantized((values.round() if number == torch.int8 else values).to(number), scales)
 
@@ -245,7 +247,7 @@ def _quantize_kernel(
             x_at, x_input, norm_weight, gain_at, gain_side, token_inside, epsilon, NORM, INPUTS,
             BLOCK_TOKENS, BLOCK_INPUTS,
         )  # fmt: skip
-        most = tl.full((BLOCK_TOKENS,), _LEAST, tl.float32)
+        most = tl.full((BLOCK_TOKENS,), _SMALLEST, tl.float32)
         for first in range(0, INPUTS, BLOCK_INPUTS):
             places = first + tl.arange(0, BLOCK_INPUTS)
             tile = _tile(x_at, x_input, norm, norm_strides, token_inside, places, NORMED, MODULATED, INPUTS)
