@@ -10,7 +10,7 @@ costs, and `readout` and `logits` are the head, split where guidance's weighted 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -252,7 +252,8 @@ class Amused(nn.Module):
         They are nearly all of a step's arithmetic. What is left is little, or near the tokens or the head, where an
         error is not evened out by what follows.
         """
-        chosen = tuple(each for layer in self.transformer_layers for each in layer.projections())
+        layers = cast("Iterable[TransformerLayer]", self.transformer_layers)
+        chosen = tuple(each for layer in layers for each in layer.projections())
         for projection in chosen:
             projection.quantize(number, device)
         return chosen
