@@ -183,4 +183,5 @@ def test_wheel_has_one_name_and_every_module(wheel: zipfile.ZipFile) -> None:
 @pytest.mark.slow
 def test_wheel_has_the_data(wheel: zipfile.ZipFile) -> None:
     assets = {f"stylemuse/{path.relative_to(ROOT / 'runtime').as_posix()}" for path in kept(ROOT / "runtime/assets")}
-    assert set(wheel.namelist()) >= assets | {"stylemuse/py.typed"}
+    web = {f"stylemuse/export/web/{path.name}" for path in kept(ROOT / "export/web")}
+    assert set(wheel.namelist()) >= assets | web | {"stylemuse/py.typed", "stylemuse/serving/page.html"}
