@@ -34,6 +34,7 @@ def export(
     styles: Sequence[str] | None = None,
     strength: float = 1.0,
     precision: str = "float32",
+    rows: Sequence[int] = (),
     runtime: Path | None = None,
 ) -> Manifest:
     """Write a folder; it is there whole, or not at all.
@@ -47,6 +48,7 @@ def export(
         strength: multiplies the scale of a style that is fused.
         precision: "float32", "float16" (of the transformer, as in ``folder``; for GPUs: a CPU is slow in it) or "int8"
             (of the step's matrix products, as in ``quantize``).
+        rows: counts of rows that the graphs are tried with, beside `folder.ROWS`: those that will be served, say.
         runtime: the folder of the npm package onnxruntime-web, for a page that draws in a browser; form "bank" has one.
 
     Raises:
@@ -64,6 +66,8 @@ def export(
     if precision not in manifest.PRECISIONS:
         raise StylemuseError(f"precision {precision!r} is unknown; allowed: {', '.join(manifest.PRECISIONS)}")
     names = list(styles) if styles is not None else [] if form == "fused" else list(pipe.adapters.names)
+    if odd := [count for count in rows if not 1 <= count <= manifest.MAX_ROWS]:
+        raise StylemuseError(f"rows {odd[0]} is not allowed: 1 to {manifest.MAX_ROWS}")
     if form == "fused" and len(names) > 1:
         raise StylemuseError(f"form 'fused' takes one style, not {len(names)}: {', '.join(names)}")
     if form != "fused" and strength != 1.0:
@@ -77,7 +81,7 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        made = _deploy(pipe, network, partial, form, adapters, strength, precision)
+        made = _deploy(pipe, network, partial, form, adapters, strength, precision, rows)
         if runtime is not None:
             page.write(partial, made, pipe.adapters, runtime)
         if out.exists():
@@ -98,10 +102,11 @@ def _deploy(
     adapters: Sequence[Adapter],
     strength: float,
     precision: str,
+    rows: Sequence[int],
 ) -> Manifest:
     """Write, quantize if asked for, compare, and tell the manifest."""
     base = "float32" if precision == "int8" else precision
-    written = folder.write(pipe, network, path, form, adapters, strength, base)
+    written = folder.write(pipe, network, path, form, adapters, strength, base, rows)
     made, pairs = written.manifest, agreement.requests(form, [adapter.name for adapter in adapters], strength)
     facts: dict[str, Any] = {}
     if precision == "int8":
@@ -114,7 +119,7 @@ def _deploy(
     made.write(path)
     measured = agreement.measure(pipe, path, pairs)
     for share in ("tokens", "tokens_of_generate"):
-        if precision == "float32" and measured[share] < ACCURACY["float32"]["agreement"]:
+        if precision == "float32" and measured[share] < ACCURACY["float32"][1]:
             raise StylemuseError(f"the graphs agree with the model in {measured[share]:.2%} of {share} only")
     made = replace(made, agreement=measured | facts)
     made.write(path)

@@ -23,6 +23,8 @@ from .graph import Graph
 from .manifest import File, GraphFile, Manifest, StyleFile
 from .spec import Array, GraphSpec
 
+ROWS = (1, 3, 8)
+"""Counts of rows that every graph is tried with; their axis is open, so that others run too."""
 TUNED = ("to_q", "to_k", "to_v")
 """The projections that published LoRAs change: what a graph has places for where no style says more."""
 
@@ -43,12 +45,15 @@ def write(
     adapters: Sequence[Adapter],
     strength: float = 1.0,
     precision: str = "float32",
+    rows: Sequence[int] = (),
 ) -> Written:
     """Write everything into a folder that is there and empty; ``strength`` is of a style that is fused.
 
     ``precision`` is the number format of the transformer, condition and step: "float32", or "float16", in which norms,
     the softmax of attention, the weighted sum and all from the logits on are computed in fp32 all the same. What goes
     in and comes out is as in fp32, but for the conditioning, which one graph gives and the other takes.
+
+    ``rows`` are counts of rows that the graphs are tried with, beside `ROWS`; the manifest names them all.
     """
     transformer, length = network.transformer, network.tokenizer.length
     config, sites = transformer.config, transformer.config.sites()
@@ -65,7 +70,8 @@ def write(
         "pixels": convert.pixels(network.vq),
         "codes": convert.codes(network.vq),
     }
-    sizes = _sizes(network)
+    tried = sorted({*ROWS, *rows})
+    sizes = [_sizes(network, index, count) for index, count in enumerate(tried)]
     graphs = {name: _graph(folder, name, *each, sizes) for name, each in built.items()}
     network.tokenizer.save(folder / "tokenizer")
     tokenizer = tuple(File.of(folder, f"tokenizer/{path.name}") for path in sorted((folder / "tokenizer").iterdir()))
@@ -76,7 +82,7 @@ def write(
     side, count = network.sizes.side**2, int(pipe.defaults.get("steps", 12))
     made = Manifest(
         pipe.name, form, precision, network.mask_id, config.codebook_size, *network.sizes, length, dict(pipe.defaults),
-        graphs, tokenizer, described, schedule=asdict(schedule.amused(side, side, count)),
+        graphs, tokenizer, described, tuple(tried), schedule=asdict(schedule.amused(side, side, count)),
     )  # fmt: skip
     return Written(made, built, styling)
 
@@ -105,15 +111,13 @@ def _graph(
     return GraphFile(File.of(folder, path), data, description.inputs, description.outputs, errors)
 
 
-def _sizes(network: Reference) -> list[dict[str, int]]:
-    """What the graphs are tried with: one row, and several of several pictures."""
+def _sizes(network: Reference, index: int, rows: int) -> dict[str, int]:
+    """What the graphs are tried with: so many rows, of pictures that add up two of them, on grids of several shapes."""
     lanes = {f"lanes_{parts}": 2 * parts for parts in (1, 2, 3)} | {"slots": 3, "text": network.tokenizer.length}
-    tried = []
-    for rows, pictures, branches, height, width in ((1, 1, 1, 2, 4), (3, 2, 2, 6, 4), (8, 4, 2, 2, 2)):
-        pixels = {"pixel_height": height * network.sizes.factor, "pixel_width": width * network.sizes.factor}
-        counts = {"rows": rows, "pictures": pictures, "branches": branches, "height": height, "width": width}
-        tried.append(counts | pixels | lanes)
-    return tried
+    height, width = ((2, 4), (6, 4), (2, 2))[index % 3]
+    pixels = {"pixel_height": height * network.sizes.factor, "pixel_width": width * network.sizes.factor}
+    counts = {"rows": rows, "pictures": (rows + 1) // 2, "branches": min(rows, 2), "height": height, "width": width}
+    return counts | pixels | lanes
 
 
 def _style_files(folder: Path, name: str, packed: Mapping[str, Array]) -> dict[str, File]:

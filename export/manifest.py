@@ -30,6 +30,7 @@ MAX_JSON_BYTES = 8 << 20
 MAX_GRAPH_BYTES = 1 << 30
 MAX_DATA_BYTES = 64 << 30
 MAX_STYLES = 10_000
+MAX_ROWS = 4096
 PRECISIONS = ("float32", "float16", "int8")
 DTYPES = ("int64", "float32", "float16", "bool", "uint8")
 
@@ -89,6 +90,7 @@ class Manifest:
         mask_id: the token of a masked position. codes: how many codes there are.
         side: the model's own grid, in tokens; factor: pixels per token; unit: sides must be multiples of it, in pixels.
         length: ids per prompt.
+        rows: counts of rows of one call that the graphs were tried with; any other runs, too.
         defaults: what the model recommends, "steps" and "scale".
         schedule: the numbers of every step of the default schedule on an empty grid, for readers without this runtime.
         agreement: how the graphs compare with the networks they were made from.
@@ -107,6 +109,7 @@ class Manifest:
     graphs: Mapping[str, GraphFile]
     tokenizer: tuple[File, ...]
     styles: Mapping[str, StyleFile]
+    rows: tuple[int, ...] = ()
     schedule: Mapping[str, Any] = field(default_factory=dict)
     agreement: Mapping[str, Any] = field(default_factory=dict)
 
@@ -160,6 +163,8 @@ def _manifest(facts: Mapping[str, Any]) -> Manifest:
     ):
         _need(type(known[name]) is int and 1 <= known[name] <= most, f"{name} must be a whole number from 1 to {most}")
     _need(known["codes"] <= known["mask_id"], "the mask is not a code")
+    rows = known["rows"] = tuple(known["rows"])
+    _need(all(type(count) is int and 1 <= count <= MAX_ROWS for count in rows), f"rows are from 1 to {MAX_ROWS}")
     _need(isinstance(known["model"], str), "model must be a text")
     for name in ("defaults", "schedule", "agreement", "graphs", "styles"):
         _need(isinstance(known[name], dict), f"{name} must be an object")

@@ -48,25 +48,40 @@ class Context:
 
 
 class Provider(NamedTuple):
-    """Where the graphs run, and why there."""
+    """Where the graphs run, and why there; `device` is where their inputs lie."""
 
     device: str
     names: tuple[str, ...]
     why: str
 
 
+_CPU, _CUDA, _TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
+_PROVIDERS = {"cpu": (_CPU,), "cuda": (_CUDA, _CPU), "tensorrt": (_TENSORRT, _CUDA, _CPU)}
+
+
 def choose_provider(device: str | None) -> Provider:
-    """ONNX Runtime's execution provider for a device; what is asked for is taken or refused."""
-    there = onnxruntime.get_available_providers()
-    cpu = "CPUExecutionProvider"
-    if device not in (None, "cpu", "cuda"):
-        raise StylemuseError(f"device {device!r} is not supported by backend 'onnx'; allowed: cpu, cuda")
-    gpu = Path("/dev/nvidiactl").exists() and "CUDAExecutionProvider" in there
-    if device == "cuda" and not gpu:
-        raise StylemuseError("device 'cuda' is not there: ONNX Runtime sees no GPU, or is built without CUDA")
-    if device == "cpu" or not gpu:
-        return Provider("cpu", (cpu,), "asked for" if device else "no GPU is there")
-    return Provider("cuda", ("CUDAExecutionProvider", cpu), "asked for" if device else "a GPU is there")
+    """ONNX Runtime's execution providers for a device; what is asked for is taken or refused.
+
+    Without a device it is CUDA where a GPU and its provider are there, else the CPU. TensorRT, which builds engines for
+    minutes before it draws, is only taken when it is asked for, and leaves to CUDA what it doesn't know.
+    """
+    if device is not None and device not in _PROVIDERS:
+        allowed = ", ".join(_PROVIDERS)
+        raise StylemuseError(f"device {device!r} is not supported by backend 'onnx'; allowed: {allowed}")
+    there = onnxruntime.get_available_providers() if _sees_gpu() else [_CPU]
+    if device is not None:
+        if missing := [name for name in _PROVIDERS[device] if name not in there]:
+            raise StylemuseError(
+                f"device {device!r} is not there: ONNX Runtime sees no GPU, or is without {missing[0]}"
+            )
+        return Provider("cpu" if device == "cpu" else "cuda", _PROVIDERS[device], "asked for")
+    if _CUDA in there:
+        return Provider("cuda", _PROVIDERS["cuda"], "a GPU is there")
+    return Provider("cpu", _PROVIDERS["cpu"], "no GPU is there, or no provider for it")
+
+
+def _sees_gpu() -> bool:
+    return Path("/dev/nvidiactl").exists()
 
 
 class Session:
@@ -223,10 +238,13 @@ class OnnxNetwork:
     def explain(self) -> dict[str, str]:
         """What ONNX Runtime runs, and how."""
         threads = "ONNX Runtime's own choice" if self.threads is None else str(self.threads)
-        return {
+        told = {
             "kernels": f"ONNX Runtime {onnxruntime.__version__}, {self.provider.names[0]}; form {self.manifest.form}",
             "threads": threads,
         }
+        if self.provider.device == "cuda":
+            told["CUDA graphs"] = "not used: what a step computes is as long as the positions that are still masked"
+        return told
 
     def _conditioning(self, contexts: tuple[Context, ...]) -> dict[str, Any]:
         """The rows' conditioning, stacked, and their styles, kept while the rows stay the same."""

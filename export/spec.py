@@ -25,11 +25,9 @@ Array: TypeAlias = NDArray[Any]
 Axis: TypeAlias = "str | int"
 
 GRAPHS = ("text", "condition", "step", "pixels", "codes", "generate")
-ACCURACY: Mapping[str, Mapping[str, float]] = {
-    "float32": {"tolerance": 1e-4, "agreement": 0.999},
-    "float16": {"tolerance": 2e-2, "agreement": 0.7},
-}
-"""Of the graphs whose number format is chosen; few tokens are drawn to check one, so that few near ties are a share."""
+ACCURACY = {"float32": (1e-4, 0.999), "float16": (2e-2, 0.7)}
+"""Tolerance and agreement of the graphs whose number format is chosen. So few tokens are drawn to check one that a few
+near ties are a share of them."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def condition(
             *adapters,
         ),
         tuple(Tensor(name, dtype, tuple(axes)) for name, axes in conditioning.items()),
-        **ACCURACY[dtype],
+        *ACCURACY[dtype],
     )
 
 
@@ -153,8 +151,8 @@ def step(
             *adapters,
         ),
         (Tensor("tokens_out", "int64", grid), Tensor("preview", "int64", grid)),
+        *ACCURACY[dtype],
         probe="mlm_layer.y",
-        **ACCURACY[dtype],
     )
 
 

@@ -159,12 +159,16 @@ def test_what_is_no_manifest_is_refused(copy: Path, text: str) -> None:
 
 
 def test_the_command(run: Run, tiny_model: Path) -> None:
-    done = run("export", "out", "--model", tiny_model, "--form", "single", "--styles", "ink", "--json").document
-    assert (done["form"], done["styles"]) == ("single", ["ink"])
+    done = run(
+        "export", "out", "--model", tiny_model, "--form", "single", "--styles", "ink", "--rows", "2,5", "--json"
+    ).document
+    assert (done["form"], done["styles"], done["rows"]) == ("single", ["ink"], [1, 2, 3, 5, 8])
     assert done["bytes"].keys() == set(manifest.GRAPHS)
     drawn = run("generate", "a fox", "--model", "out", "--style", "ink", "--seed", 3, "--json").document
     assert drawn["explain"]["backend"] == "onnx: an exported folder"
     refused(run("export", "out", "--model", tiny_model), "exists already")
+    refused(run("export", "more", "--model", tiny_model, "--rows", "2,x"), "'x'", "whole numbers")
+    refused(run("export", "more", "--model", tiny_model, "--rows", "0"), "rows 0", "1 to 4096")
     refused(run("export", "more", "--model", tiny_model, "--form", "merged"), "bank, single, fused")
     refused(run("generate", "a fox", "--model", "out", "--backend", "reference"), "needs backend 'onnx'")
     refused(run("generate", "a fox", "--model", "out", "--dtype", "bfloat16"), "exported in float32")

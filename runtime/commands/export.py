@@ -28,6 +28,10 @@ def export(
     precision: Annotated[
         str, typer.Option("--precision", help="Of the transformer: float32, float16 (slow on a CPU) or int8.")
     ] = "float32",
+    rows: Annotated[
+        str | None,
+        typer.Option("--rows", help="Counts of rows to try the graphs with too, say 2,16; others run as well."),
+    ] = None,
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", help="NAME=PATH: a style to register first; may be repeated.")
     ] = None,
@@ -49,6 +53,7 @@ def export(
         raise StylemuseError("--runtime and --fetch are about the page of --web, which is not asked for")
     if runtime is not None and fetch:
         raise StylemuseError("--runtime and --fetch both say where the package is; give one of them")
+    counts = [] if rows is None else [_count(part) for part in rows.split(",")]
     check_new_folder(out)
     with ExitStack() as held:
         package = _package(runtime, fetch, held) if web else None
@@ -57,10 +62,13 @@ def export(
             pipe.adapters.add(name, path, alpha=alpha, recipe=recipe)
         from ..export.deploy import export as write
 
-        made = write(pipe, out, form=form, styles=names, strength=strength, precision=precision, runtime=package)
+        made = write(
+            pipe, out, form=form, styles=names, strength=strength, precision=precision, rows=counts, runtime=package
+        )
     size = {name: graph.file.bytes + (graph.data.bytes if graph.data else 0) for name, graph in made.graphs.items()}
     if as_json:
         facts = {"path": str(out), "form": form, "precision": precision, "styles": sorted(made.styles), "bytes": size}
+        facts["rows"] = list(made.rows)
         document(facts | {"agreement": dict(made.agreement), "page": "index.html" if web else None})
         return
     table(("graph", "MB"), [(name, f"{count / 1e6:.1f}") for name, count in size.items()], numbers=("MB",))
@@ -79,3 +87,9 @@ def _package(given: Path | None, fetch: bool, held: ExitStack) -> Path:
         return page.find_runtime(given)
     print(f"npm fetches {page.PACKAGE} {page.version()} into a temporary folder", file=sys.stderr, flush=True)
     return page.fetch_runtime(Path(held.enter_context(TemporaryDirectory(prefix="stylemuse-"))))
+
+
+def _count(text: str) -> int:
+    if not text.strip().isdecimal():
+        raise StylemuseError(f"--rows {text.strip()!r} is not allowed: whole numbers with commas between")
+    return int(text)
