@@ -68,8 +68,8 @@ def export(
     size = {name: graph.file.bytes + (graph.data.bytes if graph.data else 0) for name, graph in made.graphs.items()}
     if as_json:
         facts = {"path": str(out), "form": form, "precision": precision, "styles": sorted(made.styles), "bytes": size}
-        facts["rows"] = list(made.rows)
-        document(facts | {"agreement": dict(made.agreement), "page": "index.html" if web else None})
+        measured = {"rows": list(made.rows), "agreement": dict(made.agreement)}
+        document(facts | measured | {"page": "index.html" if web else None})
         return
     table(("graph", "MB"), [(name, f"{count / 1e6:.1f}") for name, count in size.items()], numbers=("MB",))
     for key, value in made.agreement.items():
