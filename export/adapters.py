@@ -160,7 +160,7 @@ def pack(adapter: Adapter, sites: Mapping[str, Site]) -> dict[str, Array]:
     if adapter.kind == "bottleneck":
         pairs = adapter.tensors.items()
         return {
-            f"{name}.{part}": each.numpy()
+            f"{name}.{part}": each.float().numpy()
             for name, pair in pairs
             for part, each in zip(("down", "up"), pair, strict=True)
         }

@@ -26,7 +26,7 @@ class Styles:
         """Put a style into a slot, in place of what was there.
 
         Raises:
-            StylemuseError: it adapts what this export has no place for, or in other sizes, or with numbers not finite.
+            StylemuseError: it adapts what this export has no place for, in other sizes or types, or is not finite.
         """
         if unknown := packed.keys() - self.tensors.keys():
             places = sorted({each.rpartition(".")[0] for each in self.tensors})
@@ -41,6 +41,10 @@ class Styles:
             )
             if array.shape != sizes:
                 raise StylemuseError(f"style {name}: {key} is {array.shape}, this export takes {axes}")
+            if array.dtype != self.tensors[key].dtype:
+                raise StylemuseError(
+                    f"style {name}: {key} is {array.dtype}, this export takes {self.tensors[key].dtype}"
+                )
             if not np.isfinite(array).all():
                 raise StylemuseError(f"style {name}: {key} has numbers that are not finite")
         self._write(slot, packed)
