@@ -170,7 +170,7 @@ def test_a_folder_that_is_not_whole_says_so(folder: Path, tmp_path: Path) -> Non
 def test_webgpu_draws_the_same_or_is_refused(folder: Path) -> None:
     """On a GPU made of software: there attention is wrong, the check finds it, and the rest stays on the GPU."""
     with served(folder) as url, opened(f"{url}?device=webgpu", "desk", *SOFTWARE_GPU) as browser:
-        until(browser, f"document.getElementById('draw').disabled && !{WRONG}", False, 180)
+        until(browser, f"document.getElementById('draw').disabled && !{WRONG}", False, 400)
         if wrong := browser.execute_script(f"return {WRONG}"):
             pytest.skip(f"no WebGPU for the test: {wrong}")
         assert "WebGPU" in element(browser, "runtime").text
