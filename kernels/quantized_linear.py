@@ -82,7 +82,7 @@ def choices(architecture: str, dtype: torch.dtype, outputs: int, activation: str
         return (_launch(64, 64, 32, 4, 1),)
     depth, stages = (64, 3) if architecture in ("sm_80", "gfx942") else (128, 4)
     if dtype == torch.float32:
-        return (_launch(32, 16 if activation == "geglu" else 32, depth, 4, 2),)
+        return (_launch(32, 16 if activation == "geglu" else 32, 64, 4, 2),)
     stages = 2 if architecture == "gfx942" else stages
     wide, middle = _launch(128, 128, depth, 8, min(stages, 3)), _launch(128, 64, depth, 8, stages)
     narrow, small = _launch(64, 64, depth, 4, stages), _launch(64, 64, depth, 8, stages)
