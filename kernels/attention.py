@@ -24,7 +24,8 @@ from .device import multiply
 from .dispatch import REFERENCE, Kernels, constant, forward_only, jit, operator, tl
 from .tuning import INTERPRETER, Call, Launch, Specimen, ceil_div, family, named_strides, pick, power_of_two, precision
 
-_LOG2_E = math.log2(math.e)
+LOG2_E = math.log2(math.e)
+"""From exp to exp2."""
 _LOWEST = constant(-1e30)
 """Stands for minus infinity where a difference is taken: inf - inf is NaN."""
 
@@ -57,6 +58,49 @@ def choices(architecture: str, dtype: torch.dtype, size: int) -> tuple[Launch, .
 
 def _launch(queries: int, keys: int, warps: int, stages: int) -> Launch:
     return Launch({"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys}, warps, stages)
+
+
+@jit
+def attend(
+    query: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    steps: tl.tuple,
+    count: tl.tensor,
+    scale: tl.tensor,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+) -> tl.tensor:
+    """A tile of queries over the first `count` keys of a head, fp32; `scale` has the factor from exp to exp2 in it.
+
+    k, v: pointers to the head's. steps: strides of a token and a channel in k, then in v. Queries beyond the head's
+    size are zero.
+    """
+    k_token, k_channel, v_token, v_channel = steps
+    channel = tl.arange(0, PADDED)
+    channel_inside = channel < SIZE
+    largest = tl.full((BLOCK_QUERIES,), _LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_QUERIES,), tl.float32)
+    sums = tl.zeros((BLOCK_QUERIES, PADDED), tl.float32)
+    for first in range(0, count, BLOCK_KEYS):
+        key = first + tl.arange(0, BLOCK_KEYS)
+        key_inside = key < count
+        k_at = k + key[None, :] * k_token + channel[:, None] * k_channel
+        key_tile = tl.load(k_at, key_inside[None, :] & channel_inside[:, None], 0.0)
+        scores = multiply(query, key_tile, tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), tl.float32), PRECISION) * scale
+        scores = tl.where(key_inside[None, :], scores, _LOWEST)
+        larger = tl.maximum(largest, tl.max(scores, 1))
+        weights = tl.where(key_inside[None, :], tl.exp2(scores - larger[:, None]), 0.0)
+        kept = tl.exp2(largest - larger)
+        total = total * kept + tl.sum(weights, 1)
+        v_at = v + key[:, None] * v_token + channel[None, :] * v_channel
+        value_tile = tl.load(v_at, key_inside[:, None] & channel_inside[None, :], 0.0)
+        sums = multiply(weights.to(v.dtype.element_ty), value_tile, sums * kept[:, None], PRECISION)
+        largest = larger
+    return sums / tl.where(total > 0.0, total, 1.0)[:, None]
 
 
 @jit
@@ -105,25 +149,10 @@ def _attention_kernel(
     if lengths is not None:
         count = tl.minimum(tl.load(lengths + row), keys).to(tl.int32)
 
-    largest = tl.full((BLOCK_QUERIES,), _LOWEST, tl.float32)
-    total = tl.zeros((BLOCK_QUERIES,), tl.float32)
-    sums = tl.zeros((BLOCK_QUERIES, PADDED), tl.float32)
-    for first in range(0, count, BLOCK_KEYS):
-        key = first + tl.arange(0, BLOCK_KEYS)
-        key_inside = key < count
-        k_at = k_head_at + key[None, :] * k_token + channel[:, None] * k_channel
-        key_tile = tl.load(k_at, key_inside[None, :] & channel_inside[:, None], 0.0)
-        scores = multiply(query, key_tile, tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), tl.float32), PRECISION) * scale
-        scores = tl.where(key_inside[None, :], scores, _LOWEST)
-        larger = tl.maximum(largest, tl.max(scores, 1))
-        weights = tl.where(key_inside[None, :], tl.exp2(scores - larger[:, None]), 0.0)
-        kept = tl.exp2(largest - larger)
-        total = total * kept + tl.sum(weights, 1)
-        v_at = v_head_at + key[:, None] * v_token + channel[None, :] * v_channel
-        value_tile = tl.load(v_at, key_inside[:, None] & channel_inside[None, :], 0.0)
-        sums = multiply(weights.to(v.dtype.element_ty), value_tile, sums * kept[:, None], PRECISION)
-        largest = larger
-    result = sums / tl.where(total > 0.0, total, 1.0)[:, None]
+    result = attend(
+        query, k_head_at, v_head_at, (k_token, k_channel, v_token, v_channel), count, scale,
+        SIZE, PADDED, PRECISION, BLOCK_QUERIES, BLOCK_KEYS,
+    )  # fmt: skip
     y_at = y + row * y_row + token[:, None] * y_token + head * SIZE + channel[None, :]
     tl.store(y_at, result.to(y.dtype.element_ty), inside)
 
@@ -141,7 +170,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, y: Tensor, ar
         **named_strides(v, "v_row", "v_head", "v_token", "v_channel"),
         **named_strides(y, "y_row", "y_token"),
     }
-    sizes = {"tokens": tokens, "keys": k.shape[2], "heads": heads, "scale": size**-0.5 * _LOG2_E}
+    sizes = {"tokens": tokens, "keys": k.shape[2], "heads": heads, "scale": size**-0.5 * LOG2_E}
     arguments = {"q": q, "k": k, "v": v, "lengths": lengths, "y": y, **sizes, **strides}
 
     def grid(tiles: Mapping[str, int]) -> tuple[int, ...]:

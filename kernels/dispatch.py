@@ -39,8 +39,8 @@ __all__ = [
 ]
 
 OPERATIONS = (
-    "linear", "quantized_linear", "attention", "bottleneck", "norm", "norm_in_linear", "response_norm",
-    "depthwise_norm",
+    "linear", "quantized_linear", "attention", "query_attention", "bottleneck", "norm", "norm_in_linear",
+    "response_norm", "depthwise_norm",
 )  # fmt: skip
 """The operations of a network that have a Triton kernel; "norm_in_linear" is the norm taken along by a projection."""
 

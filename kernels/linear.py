@@ -32,16 +32,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .device import multiply
-from .dispatch import REFERENCE, Kernels, constant, forward_only, jit, operator, tl
-from .epilogue import finished, followed, place, raised
-from .norm import Kind, Norm, normed, statistics
+from .dispatch import REFERENCE, Kernels, forward_only, jit, operator, tl
+from .epilogue import finished, followed, place
+from .norm import Kind, Norm, statistics
 from .rows import LowRank, RowSlots
+from .tile import projected_tile
 from .tuning import INTERPRETER, Call, Launch, Specimen, ceil_div, family, named_strides, pick, power_of_two, precision
 
 Activation = Literal["none", "gelu", "geglu"]
-NARROW = constant(16)
-"""Ranks up to this take a loop of this width, the narrowest of the matrix units."""
 
 
 def linear_reference(
@@ -108,66 +106,6 @@ def choices(architecture: str, dtype: torch.dtype, outputs: int, activation: str
 
 def _launch(tokens: int, outputs: int, inputs: int, warps: int, stages: int) -> Launch:
     return Launch({"BLOCK_TOKENS": tokens, "BLOCK_OUTPUTS": outputs, "BLOCK_INPUTS": inputs}, warps, stages)
-
-
-@jit
-def products(
-    base: tl.tuple,
-    adapter: tl.tuple,
-    norm: tl.tuple,
-    steps: tl.tuple,
-    token_inside: tl.tensor,
-    column_inside: tl.tensor,
-    RANK: tl.constexpr,
-    GATED: tl.constexpr,
-    NORMED: tl.constexpr,
-    MODULATED: tl.constexpr,
-    INPUTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_OUTPUTS: tl.constexpr,
-    BLOCK_INPUTS: tl.constexpr,
-) -> tl.tuple:
-    """One tile of x W^T plus, where RANK is not 0, scale (x A) B on so many lanes; and the gate's where GATED.
-
-    base: pointers to the tile's tokens of x, and to its outputs of W and of the gate. adapter: pointers to the row's A
-    and to the tile's outputs of B and of the gate's B; scale and rank. norm: the tokens' statistics, pointers to the
-    norm's weight and to the row's gain and shift. steps: strides of an input in x, W, A, the norm's weight and the
-    gain, of a lane in A and B.
-    """
-    x, weight, gate = base
-    down, up, gate_up, scale, rank = adapter
-    x_input, weight_input, down_input, norm_input, gain_input, down_lane, up_lane = steps
-    lanes = tl.arange(0, max(RANK, 1))
-    lane_inside = lanes < rank
-    ACCUMULATOR: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
-    value = tl.zeros((BLOCK_TOKENS, BLOCK_OUTPUTS), ACCUMULATOR)
-    gated = value
-    hidden = tl.zeros((BLOCK_TOKENS, max(RANK, 1)), tl.float32)
-    for first in range(0, INPUTS, BLOCK_INPUTS):
-        places = first + tl.arange(0, BLOCK_INPUTS)
-        x_inside, weight_inside, down_inside = token_inside[:, None], column_inside[None, :], lane_inside[None, :]
-        if INPUTS % BLOCK_INPUTS != 0:
-            inside = places < INPUTS
-            x_inside, weight_inside = x_inside & inside[None, :], weight_inside & inside[:, None]
-            down_inside = down_inside & inside[:, None]
-        x_tile = tl.load(x[:, None] + places[None, :] * x_input, x_inside, 0.0)
-        if NORMED:
-            x_tile = normed(x_tile, norm, (norm_input, gain_input), places, MODULATED, INPUTS)
-        weight_tile = tl.load(weight[None, :] + places[:, None] * weight_input, weight_inside, 0.0)
-        value = multiply(x_tile, weight_tile, value, PRECISION)
-        if GATED:
-            gate_tile = tl.load(gate[None, :] + places[:, None] * weight_input, weight_inside, 0.0)
-            gated = multiply(x_tile, gate_tile, gated, PRECISION)
-        if RANK > 0:
-            down_at = down + places[:, None] * down_input + lanes[None, :] * down_lane
-            hidden = multiply(x_tile, tl.load(down_at, down_inside, 0.0), hidden, PRECISION)
-    if RANK > 0:
-        scaled = (hidden * scale).to(up.dtype.element_ty)
-        value = raised(value, scaled, up, up_lane, lane_inside, column_inside, PRECISION)
-        if GATED:
-            gated = raised(gated, scaled, gate_up, up_lane, lane_inside, column_inside, PRECISION)
-    return value, gated
 
 
 @jit
@@ -241,34 +179,14 @@ def _linear_kernel(
             base[0], x_input, token_inside, epsilon, NORM == "layer", INPUTS, BLOCK_TOKENS, BLOCK_INPUTS
         )
         norm = (mean, inverse, norm_weight, gain_at, gain_at + gain_side)
-    if RANK == 0:
-        value, gate = products(
-            base, (weight, weight, weight, 0.0, 0), norm, (x_input, weight_input, 0, norm_input, gain_input, 0, 0),
-            token_inside, column_inside,
-            0, GATED, NORMED, MODULATED, INPUTS, PRECISION, BLOCK_TOKENS, BLOCK_OUTPUTS, BLOCK_INPUTS,
-        )  # fmt: skip
-    else:
-        slot = tl.load(slots + row)
-        rank = tl.load(ranks + slot, slot >= 0, 0)
-        down_at = down + slot * down_slot + part * down_part
-        up_at = up + slot * up_slot + part * up_part + column * up_output
-        adapter = (down_at, up_at, up_at + outputs * up_output, tl.load(scales + row), rank)
-        steps = (x_input, weight_input, down_input, norm_input, gain_input, down_lane, up_lane)
-        if rank == 0:
-            value, gate = products(
-                base, adapter, norm, steps, token_inside, column_inside,
-                0, GATED, NORMED, MODULATED, INPUTS, PRECISION, BLOCK_TOKENS, BLOCK_OUTPUTS, BLOCK_INPUTS,
-            )  # fmt: skip
-        elif rank <= NARROW:
-            value, gate = products(
-                base, adapter, norm, steps, token_inside, column_inside,
-                NARROW, GATED, NORMED, MODULATED, INPUTS, PRECISION, BLOCK_TOKENS, BLOCK_OUTPUTS, BLOCK_INPUTS,
-            )  # fmt: skip
-        else:
-            value, gate = products(
-                base, adapter, norm, steps, token_inside, column_inside,
-                RANK, GATED, NORMED, MODULATED, INPUTS, PRECISION, BLOCK_TOKENS, BLOCK_OUTPUTS, BLOCK_INPUTS,
-            )  # fmt: skip
+    steps = (
+        (x_input, weight_input, norm_input, gain_input), (down_slot, down_part, down_input, down_lane),
+        (up_slot, up_part, up_lane, up_output),
+    )  # fmt: skip
+    value, gate = projected_tile(
+        base, (down, up, ranks, slots, scales), norm, steps, (row, part, column, outputs), token_inside, column_inside,
+        RANK, GATED, NORMED, MODULATED, INPUTS, PRECISION, BLOCK_TOKENS, BLOCK_OUTPUTS, BLOCK_INPUTS,
+    )  # fmt: skip
 
     strides = (residual_row, residual_token, residual_output, modulation_row, modulation_side, modulation_output)
     value = finished(

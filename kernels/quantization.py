@@ -23,9 +23,9 @@ from torch import Tensor
 
 from .device import multiply
 from .dispatch import INTERPRETED, constant, jit, tl
-from .linear import NARROW
 from .norm import Norm, normed, statistics
 from .rows import LowRank, RowSlots
+from .tile import NARROW
 from .tuning import INTERPRETER, Call, Launch, Specimen, ceil_div, named_strides, power_of_two, precision
 
 FORMATS: Mapping[str, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}

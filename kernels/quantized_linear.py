@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .dispatch import REFERENCE, Kernels, forward_only, jit, operator, tl
 from .epilogue import finished, followed, place, raised
-from .linear import NARROW, PACKED, Activation, add_pairs, empty_output, packed, products, unpacked
+from .linear import PACKED, Activation, add_pairs, empty_output, packed, unpacked
 from .norm import Kind, Norm
 from .quantization import (
     FORMATS,
@@ -40,6 +40,7 @@ from .quantization import (
     choices as quantize_choices,
 )
 from .rows import LowRank, RowSlots
+from .tile import NARROW, products
 from .tuning import INTERPRETER, Call, Launch, Specimen, ceil_div, family, named_strides, pick, precision
 
 _EXACT_INPUTS = 1040

@@ -4,8 +4,8 @@
     doubled:  (R, h w, C) -> (R, 4 h w, D)      y[s] = K[:, :, s] x[p] for the four tokens s of patch p
 
 K (D, C, 2, 2) or, doubled, (C, D, 2, 2); of x normed, where a norm is given. The definition is a convolution of stride
-2 and its transpose. In Triton they are `linear` on patches side by side: a row has the same bits in any batch, which
-a convolution does not promise.
+2 and its transpose. In Triton they are `linear` on the patches side by side: a row has the same bits in any batch,
+which a convolution does not promise.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ INTERPRETER = "interpreter"
 """The family of a CPU, where kernels only run interpreted."""
 
 MODULES = (
-    "linear", "quantization", "quantized_linear", "bottleneck", "attention", "norm", "response_norm", "depthwise",
-    "decoding_step",
+    "linear", "quantization", "quantized_linear", "bottleneck", "attention", "query_attention", "norm", "response_norm",
+    "depthwise", "decoding_step",
 )  # fmt: skip
 """The files with kernels."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +198,39 @@ def test_pictures_move_up_where_others_left(pipe: Pipeline, monkeypatch: pytest.
     steps = [2] * 5 + [6]
     pipe.run([Request("a fox", "ink", seed=7, guidance=StyleDrop(1.0, 1.0), sampling=Sampling(n)) for n in steps])
     assert sizes == [12, 12, 2, 2, 2, 2]
+
+
+def test_a_graph_is_captured_once_for_all_styles(
+    pipe: Pipeline, plain: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, with graphs that call what they captured: other styles, prompts, schedules and swaps need none."""
+    captured: list[tuple[int, int]] = []
+
+    class Graph:
+        def __init__(self, bucket: Bucket, rows: int, branches: int) -> None:
+            self.replay = partial(bucket._launch, rows, branches)
+
+    def capture(self: Bucket, rows: int, branches: int) -> Graph:
+        captured.append((rows, branches))
+        return Graph(self, rows, branches)
+
+    made = Bucket.__init__
+
+    def capturing(self: Bucket, *given: Any, **options: Any) -> None:
+        made(self, *given, **options)
+        self._captured = True
+
+    monkeypatch.setattr(Bucket, "_capture", capture)
+    monkeypatch.setattr(Bucket, "__init__", capturing)
+    ink, neon = (Request("a fox", style, seed=1, guidance=StyleDrop(2.0, 5.0)) for style in ("ink", "neon"))
+    others = [neon, replace(ink, prompt="an owl"), replace(ink, sampling=Sampling(9, "styledrop"))]
+    for request in (ink, *others):
+        assert np.array_equal(pipe.run([request])[0].tokens, plain.run([request])[0].tokens)
+    look = random_style(pipe.network.transformer.config, "ink", seed=9)
+    for each in (pipe, plain):
+        each.adapters.add("ink", look, swap=True)
+    assert np.array_equal(pipe.run([ink])[0].tokens, plain.run([ink])[0].tokens)
+    assert captured == [(3, 3)]
+    pipe.run([replace(ink, style=None, guidance=CFG(2.0))])
+    pipe.run([neon, ink])
+    assert captured == [(3, 3), (2, 2), (6, 3)], "the base, and as many rows again, in a bucket twice as large"

@@ -175,7 +175,10 @@ def test_the_manifest_tells_what_is_there(pipe: sm.Pipeline, bank: Path) -> None
         "adapters", "tokenizer", "manifest.json", *(f"{name}.onnx" for name in made.graphs)
     }  # fmt: skip
     rewrites = {"text": {"attention"}, "step": {"attention"}, "pixels": {"group_norm"}, "codes": {"group_norm"}}
-    assert {name: set(graph.errors) for name, graph in made.graphs.items()} == {"condition": set[str](), "generate": set()} | rewrites
+    assert {name: set(graph.errors) for name, graph in made.graphs.items()} == {
+        "condition": set[str](),
+        "generate": set(),
+    } | rewrites
 
 
 @pytest.mark.parametrize(

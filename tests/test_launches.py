@@ -19,10 +19,10 @@ LAYERS = 22
 AMUSED = {
     "embedding": 1,
     "conv blocks": 6 * 5,
-    "text blocks": 6 * 2 * 3,
+    "text blocks": 6 * 2 * 2,
     "in and out": 2,
     "self-attention": LAYERS * 3,
-    "text attention": LAYERS * 3,
+    "text attention": LAYERS * 2,
     "MLP": LAYERS * 2,
     "head": 2 + 2 + 2,
 }
@@ -41,7 +41,7 @@ def test_what_bottlenecks_and_other_sizes_add() -> None:
     """A launch where a bottleneck is; norm, patches and product, and product and patches, where the grid is halved."""
     config = AmusedConfig(num_hidden_layers=2, num_res_blocks=1)
     plain, necks = (launches.count(config, adapter=each) for each in ("none", "bottleneck"))
-    assert necks == plain | {"text attention": 2 * 4, "MLP": 2 * 3}
+    assert necks == plain | {"text attention": 2 * 3, "MLP": 2 * 3}
     halved = launches.count(replace(config, downsample=True, upsample=True), branches=3)
     assert halved == plain | {"resample": 3 + 2}
 
