@@ -6,10 +6,10 @@
 
 n is the norm with its modulation, P(x) = x W^T + b + scale (x A) B a projection with the pair of the row's slot. Each
 stage is an operation of its own, callable alone: `linear` or `quantized_linear`, `attention`, `bottleneck`; the queries
-of cached keys are projected where they are used, in `query_attention`. That is three launches, or two, and one more with
-a bottleneck; a quantized projection takes one more, and makes its queries apart. The projection back needs all heads of
-a token, an attention among tokens all tokens of a head, so no more of it can share a tile. Source: StyleDrop, arXiv
-2306.00983, figure 2.
+of cached keys are projected where they are used, in `query_attention`. That is three launches, or two, and one more
+with a bottleneck; a quantized projection takes one more, and makes its queries apart. The projection back needs all
+heads of a token, an attention among tokens all tokens of a head, so no more of it can share a tile. Source: StyleDrop,
+arXiv 2306.00983, figure 2.
 """
 
 from __future__ import annotations
