@@ -13,7 +13,7 @@ test: .venv/dev  ## all that CI runs: format, rules, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile  # a process a core, one thread each
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

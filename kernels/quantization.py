@@ -99,7 +99,8 @@ def choices(architecture: str, dtype: torch.dtype) -> tuple[Launch, ...]:
         return (Launch({"BLOCK_TOKENS": 16, "BLOCK_INPUTS": 64}, 4, 1),)
     if dtype == torch.float32:
         return (Launch({"BLOCK_TOKENS": 16, "BLOCK_INPUTS": 64}, 4, 2),)
-    return tuple(Launch({"BLOCK_TOKENS": tokens, "BLOCK_INPUTS": 128}, 4, 2) for tokens in (16, 32))
+    sizes = (16,) if architecture == "sm_80" else (16, 32)  # there 32 tokens with a modulated norm spill
+    return tuple(Launch({"BLOCK_TOKENS": tokens, "BLOCK_INPUTS": 128}, 4, 2) for tokens in sizes)
 
 
 @jit

@@ -52,8 +52,8 @@ def product_reference(x: Tensor, weight: Tensor) -> Tensor:
     if weight.dtype != torch.int8:
         return x.float() @ weight.float().T
     flat = x.flatten(0, -2)
-    if x.device.type == "cpu" and getattr(torch.cpu, "_is_vnni_supported", lambda: False)():
-        # Only with VNNI: without, sums of two products saturate at 16 bits on the way.
+    if x.device.type == "cpu" and flat.shape[1] > 1 and getattr(torch.cpu, "_is_vnni_supported", lambda: False)():
+        # Only with VNNI: without, sums of two products saturate at 16 bits on the way. Of one input it is wrong.
         total = torch._int_mm(flat, weight.T)
     else:
         pairs = zip(flat.split(_EXACT_INPUTS, 1), weight.split(_EXACT_INPUTS, 1), strict=True)

@@ -52,7 +52,7 @@ def test_every_command_has_json_and_says_what_each_option_is() -> None:
         ("adapters", "Missing command; allowed: list, inspect, import, export, verify"),
         ("adapters show", "No such command 'show'; allowed: list"),
         ("generate", "Missing argument"),
-        ("bench speed", "bench speed is unknown; allowed: step, adapters, peers, kernels"),
+        ("bench speed", "bench speed is unknown; allowed: step, adapters, peers, onnx, kernels"),
         ("bench step --models sdxl", "invalid choice: 'sdxl'"),
         ("bench step --batches 0", "'0' is not allowed: a whole number of at least 1"),
         ("bench step --steps 1", "at least 2"),

@@ -69,8 +69,9 @@ def refused_or(run: Callable[[], Any]) -> Any:
 
 
 @settings(max_examples=50, **ANYTIME)
-@given(name=st.sampled_from(manifest.GRAPHS), change=changes())
+@given(name=st.sampled_from([name for name in manifest.GRAPHS if name != "generate"]), change=changes())
 def test_any_graph(exported: Path, tmp_path: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    """All that a pipeline opens; generate.onnx is for those who open it themselves."""
     graph = manifest.read(exported).graphs[name]
     (tmp_path / graph.file.path).write_bytes(change((exported / graph.file.path).read_bytes()))
 
