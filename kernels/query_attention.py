@@ -47,12 +47,17 @@ def query_attention_reference(
     return attention(q.unflatten(2, (k.shape[1], -1)).transpose(1, 2), k, v, lengths, kernels=kernels)
 
 
+def fits(architecture: str, dtype: torch.dtype, size: int) -> bool:
+    """Whether a head's queries leave room in the registers: in fp32, 16 of 128 channels with a pair do not."""
+    return size <= 64 or dtype != torch.float32 or architecture == INTERPRETER
+
+
 def choices(architecture: str, dtype: torch.dtype, size: int) -> tuple[Launch, ...]:
-    """The launches for a head size, the default first; fp32 has twice the bytes."""
+    """The launches for a head size that `fits`, the default first; fp32 has twice the bytes."""
     if architecture == INTERPRETER:
         return (_launch(64, 32, 32, 4, 1),)
     if dtype == torch.float32:
-        return (_launch(16, 16, 32, 4, 1),) if size > 64 else (_launch(32, 16, 32, 4, 2),)
+        return (_launch(16, 16, 32, 4, 2),) if architecture == "sm_80" else (_launch(32, 16, 32, 4, 2),)
     if architecture == "gfx942":
         return (_launch(64, 32, 32, 4, 2),)
     if size > 64:
@@ -275,7 +280,7 @@ def query_attention(
     kernels: Kernels = REFERENCE,
 ) -> Tensor:
     """softmax(q k^T / sqrt(d)) v with q projected from x; see the module's docstring."""
-    if "query_attention" not in kernels.triton:
+    if "query_attention" not in kernels.triton or not fits(family(x.device), x.dtype, k.shape[3]):
         return query_attention_reference(x, weight, k, v, bias, adapter, rows, lengths, norm=norm, kernels=kernels)
     forward_only(x, weight, bias, k, v)
     stacks: tuple[Tensor | None, ...] = (None,) * 5
@@ -296,7 +301,8 @@ def specimens(architecture: str) -> Iterator[Specimen]:
     rows = RowSlots(counts, torch.empty(2, device="meta"))
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         empty = partial(torch.empty, dtype=dtype, device="meta")
-        for width, size, modulated in ((768, 64, False), (1024, 64, True), (1024, 128, True)):
+        shapes = (768, 64, False), (1024, 64, True), (1024, 128, True)
+        for width, size, modulated in (each for each in shapes if fits(architecture, dtype, each[1])):
             x, weight = empty(2, 256, width), empty(width, width)
             k, v = empty(2, 2, width // size, 77, size).unbind(1)
             norm = Norm(empty(width), 1e-6, "rms", empty(2, 2, width) if modulated else None)
