@@ -63,8 +63,10 @@ def peers(results: Path) -> str:
         ours = [row for row in found if row["who"].startswith("stylemuse")]
         for row in found:
             if row not in ours:
-                ratios = {own["name"]: own["times_as_long"].get(row["name"]) for own in ours}
-                rows.append([row["name"], *(_times(ratios.get(each)) for each in _OURS)])
+                # Each is beside the row of ours with as many adapters, whose name goes on with how many.
+                beside = [(own["name"], own["times_as_long"].get(row["name"])) for own in ours]
+                ratios = [next((r for name, r in beside if r and name.startswith(each)), None) for each in _OURS]
+                rows.append([row["name"], *map(_times, ratios)])
     return table(["peer", *_OURS.values()], rows)
 
 
