@@ -201,7 +201,8 @@ class Bank:
         return free
 
     def _retire(self, slot: int) -> None:
-        if not self._users[slot] and slot not in self._names.values():
+        adapter = self._adapters.get(slot)
+        if not self._users[slot] and (adapter is None or self._names.get(adapter.name) != slot):
             self.clear(slot)
 
     def check(self, adapter: Adapter) -> None:
