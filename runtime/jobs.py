@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
@@ -32,13 +32,24 @@ _TEXTS_KEPT = 256
 _CONTEXT_BYTES = 256 << 20
 
 
+class _Conditions(NamedTuple):
+    """All that step-constant conditioning depends on."""
+
+    prompt: str
+    grid: tuple[int, int]
+    slot: int
+    scale: float
+    version: Version | None
+
+
 class Jobs:
     """Begins jobs of one model; texts and step-constant conditioning are kept for those that come later, bounded."""
 
     def __init__(self, model: str, network: Reference, adapters: Library, defaults: Mapping[str, Any]) -> None:
         self.model, self.network, self.adapters, self.defaults = model, network, adapters, defaults
-        self._texts: Recent[TextOutput] = Recent(_TEXTS_KEPT, lambda _: 1)
-        self._contexts: Recent[Context] = Recent(_CONTEXT_BYTES, lambda context: context.bytes)
+        self._texts: Recent[str, TextOutput] = Recent(_TEXTS_KEPT, lambda _: 1)
+        self._contexts: Recent[_Conditions, Context] = Recent(_CONTEXT_BYTES, lambda context: context.bytes)
+        adapters.on_free = self._forget
 
     def begin(self, request: Request) -> Job:
         """Check the request as a whole and pin its styles; a StylemuseError says what is wrong with it."""
@@ -64,10 +75,13 @@ class Jobs:
         mark = time.perf_counter()
         scale = 1.0 if version is None else branch.strength * version.scale
         # The version is part of the key: the slot may hold another one tomorrow.
-        key = (branch.prompt, grid, slot, scale, version)
+        key = _Conditions(branch.prompt, grid, slot, scale, version)
         made = self._contexts.get(key, lambda: self.network.context(text, grid, slot, scale))
         timings["condition"] += time.perf_counter() - mark
         return made
+
+    def _forget(self, version: Version) -> None:
+        self._contexts.forget(lambda key: key.version is version)
 
 
 class Job:

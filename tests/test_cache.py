@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from stylemuse.cache import Recent
 
 
@@ -11,7 +13,7 @@ def test_least_recently_used_leaves_first() -> None:
     def value(key: str) -> str:
         return store.get(key, lambda: made.append(key) or key * 3)  # type: ignore[func-returns-value]
 
-    store: Recent[str] = Recent(9, len)
+    store: Recent[str, str] = Recent(9, len)
     assert [value(key) for key in "abcab"] == ["aaa", "bbb", "ccc", "aaa", "bbb"]
     assert made == ["a", "b", "c"]
     value("d")
@@ -22,9 +24,30 @@ def test_least_recently_used_leaves_first() -> None:
 
 
 def test_what_is_over_the_budget_is_made_and_not_kept() -> None:
-    store: Recent[bytes] = Recent(4, len)
+    store: Recent[str, bytes] = Recent(4, len)
     assert store.get("small", lambda: b"12") == b"12"
     assert store.get("large", lambda: b"12345") == b"12345"
     calls = []
     store.get("large", lambda: calls.append(1) or b"12345")  # type: ignore[func-returns-value]
     assert calls
+
+
+def test_what_is_forgotten_makes_room_and_does_not_wait_for_what_is_being_made() -> None:
+    store: Recent[str, bytes] = Recent(4, len)
+    store.get("old", lambda: b"12")
+    begun, forgotten = threading.Event(), threading.Event()
+
+    def slow() -> bytes:
+        begun.set()
+        assert forgotten.wait(60)
+        return b"34"
+
+    making = threading.Thread(target=store.get, args=("new", slow))
+    making.start()
+    assert begun.wait(60)
+    store.forget(lambda key: key == "old")
+    forgotten.set()
+    making.join()
+    assert store.get("more", lambda: b"56") == b"56"
+    assert store.get("new", lambda: b"other") == b"34"
+    assert store.get("old", lambda: b"made again") == b"made again"

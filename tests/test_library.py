@@ -14,6 +14,7 @@ from models import random_style
 from stylemuse import CFG, Engine, Pipeline, Request, Sampling, Style, StylemuseError
 from stylemuse.adapters import canonical
 from stylemuse.adapters.bank import SlotsInUse
+from stylemuse.adapters.versions import Version
 
 
 @pytest.fixture
@@ -108,6 +109,21 @@ def test_a_source_is_free_when_nobody_needs_it(pipe: Pipeline, tmp_path: Path) -
     assert freed == ["one"]
     pipe.adapters.remove("look")
     assert freed == ["one", "two"]
+
+
+def test_conditioning_goes_with_the_version_it_was_made_for(pipe: Pipeline, tmp_path: Path) -> None:
+    kept = pipe.jobs._contexts
+
+    def versions() -> set[Version]:
+        return {key.version for key in kept._values if key.version is not None}
+
+    for seed in (5, 6):
+        pipe.adapters.add("look", save_style(pipe, tmp_path / str(seed), "look", seed), swap=True)
+        draw(pipe, style="look")
+        assert versions() == {pipe.adapters.version("look")}
+    pipe.adapters.remove("look")
+    assert not versions()
+    assert kept._used == sum(context.bytes for context in kept._values.values())
 
 
 def test_a_file_that_changed_is_refused(pipe: Pipeline, tmp_path: Path) -> None:

@@ -21,7 +21,13 @@ from .versions import Version
 
 
 class Library:
-    """The adapters of one pipeline: ``add``, ``remove``, ``names``, ``in``, and by name the `Adapter`."""
+    """The adapters of one pipeline: ``add``, ``remove``, ``names``, ``in``, and by name the `Adapter`.
+
+    Attributes:
+        on_free: told of every version that nobody needs any more; quick, for the library may be locked meanwhile.
+    """
+
+    on_free: Callable[[Version], None] | None = None
 
     def __init__(self, bank: Bank, sites: Mapping[str, Site], base_model: str, fingerprint: Callable[[], str]) -> None:
         """``fingerprint`` hashes the model's weights; it is called when the first adapter that names a hash comes."""
@@ -159,7 +165,7 @@ class Library:
             version.pins -= 1
             free = version.retired and not version.pins
         if free:
-            version.free()
+            self._free(version)
 
     def acquire(self, version: Version) -> int:
         """A pinned version's slot, kept for the caller until `release`; read into one if it has none.
@@ -199,4 +205,9 @@ class Library:
         if version is not None:
             version.retired = True
             if not version.pins:
-                version.free()
+                self._free(version)
+
+    def _free(self, version: Version) -> None:
+        version.free()
+        if self.on_free is not None:
+            self.on_free(version)
