@@ -37,7 +37,8 @@ MALFORMED_BODIES = (
 HUNG = 120.0
 """Seconds after which a request that is not answered counts as hung."""
 WARM = 0.2
-"""The share of the time whose memory does not count."""
+"""The share of the time in which clients come one by one, so that every size of a forward pass has been; latency and
+memory count after it."""
 
 
 class Soak:
@@ -54,7 +55,8 @@ class Soak:
 
     def run(self, seconds: float, clients: int, uploads: Sequence[bytes]) -> None:
         """Everything at once for so long; returns when every request has ended."""
-        threads = [threading.Thread(target=self._client, args=(index,)) for index in range(clients)]
+        gap, warm = WARM * seconds / clients, time.perf_counter() + WARM * seconds
+        threads = [threading.Thread(target=self._client, args=(index, index * gap, warm)) for index in range(clients)]
         threads += [threading.Thread(target=self._swap, args=(uploads,)), threading.Thread(target=self._watch)]
         for thread in threads:
             thread.start()
@@ -63,8 +65,9 @@ class Soak:
         for thread in threads:
             thread.join()
 
-    def _client(self, index: int) -> None:
+    def _client(self, index: int, wait: float, warm: float) -> None:
         choice, number = random.Random(f"{self.seed} {index}"), 0
+        self._ended.wait(wait)
         while not self._ended.is_set():
             seed, number = index * 10**9 + number, number + 1
             draw = choice.random()
@@ -84,7 +87,7 @@ class Soak:
                 self.lost, problem = self.lost + 1, f"{kind}: no answer: {error!r}"
             with self._lock:
                 self.outcomes[kind] += 1
-                if kind == "drawn":
+                if kind == "drawn" and began >= warm:
                     self.latencies.append(time.perf_counter() - began)
                 if problem:
                     self.problems.append(problem)
