@@ -217,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Arguments(prog="stylemuse bench soak", description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--clients", type=count, default=8)
+    parser.add_argument("--max-rows", type=count, default=16, help="fewer than the clients' requests have: some wait")
     parser.add_argument("--steps", type=count, default=12)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dtype", choices=DTYPES)
@@ -226,7 +227,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--minutes is above 0")
     pipe = pipeline("demo", dtype="float32")
     uploads = [pack(random_adapter(pipe, "soak", rank=4, seed=seed), "diffusers") for seed in range(5)]
-    chosen = ["--model", options.model, *(["--dtype", options.dtype] if options.dtype else [])]
+    chosen = [
+        "--model",
+        options.model,
+        "--max-rows",
+        str(options.max_rows),
+        *(["--dtype", options.dtype] if options.dtype else []),
+    ]
     with (
         tempfile.TemporaryDirectory(prefix="stylemuse-soak-") as state,
         client.server([*chosen, "--state", state]) as at,

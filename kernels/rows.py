@@ -45,26 +45,19 @@ class RowSlots:
 
     @cached_property
     def runs(self) -> tuple[tuple[int, slice], ...]:
-        """Pairs (slot, its rows), evenly spaced so that they are a view; a slot has as many runs as that takes."""
-        places: dict[int, list[int]] = {}
+        """Pairs (slot, its rows): neighbours with the same slot, by slot. Rows sorted by slot have one run for each.
+
+        Only neighbours, although rows that are spaced evenly are a view too: oneDNN compiles a product for every
+        spacing, and keeps it.
+        """
+        found: list[tuple[int, slice]] = []
         for row, slot in enumerate(self.slots.tolist()):
             assert slot >= BASE, "a slot is -1 or an index into the bank"
-            if slot != BASE:
-                places.setdefault(slot, []).append(row)
-        return tuple((slot, run) for slot, rows in sorted(places.items()) for run in _evenly_spaced(rows))
-
-
-def _evenly_spaced(rows: list[int]) -> list[slice]:
-    """Ascending rows as slices, each as long as it can be from where the last one ended."""
-    slices, start = [], 0
-    while start < len(rows):
-        step = rows[start + 1] - rows[start] if start + 1 < len(rows) else 1
-        end = start + 1
-        while end < len(rows) and rows[end] - rows[end - 1] == step:
-            end += 1
-        slices.append(slice(rows[start], rows[end - 1] + 1, step))
-        start = end
-    return slices
+            if found and found[-1][0] == slot:
+                found[-1] = slot, slice(found[-1][1].start, row + 1)
+            else:
+                found.append((slot, slice(row, row + 1)))
+        return tuple(sorted((run for run in found if run[0] != BASE), key=lambda run: run[0]))
 
 
 @dataclass(frozen=True)

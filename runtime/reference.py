@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,6 +51,15 @@ class Context:
         return sum(value.nbytes for value in self.conditioning.values())
 
 
+class _Stacked(NamedTuple):
+    """Contexts as one forward pass takes them: theirs is the order of rows, if it is another than their own."""
+
+    contexts: tuple[Context, ...]
+    order: Tensor | None
+    conditioning: Conditioning
+    adapters: RowAdapters | None
+
+
 class Reference:
     """Text, transformer and VQ on one device. Every method is a function of its arguments and of the bank."""
 
@@ -72,7 +81,7 @@ class Reference:
         self.vq = channels_last(networks.vq.to(machine.device, machine.dtype))
         self.text_encoder = networks.text.to(machine.device)
         self.tokenizer = networks.tokenizer
-        self._stacked: tuple[tuple[Context, ...], Conditioning, RowAdapters | None] | None = None
+        self._stacked: _Stacked | None = None
 
     @property
     def name(self) -> str:
@@ -124,14 +133,22 @@ class Reference:
     @torch.no_grad()
     def features(self, tokens: Tensor, contexts: Sequence[Context]) -> Tensor:
         """(R, N) tokens, one context per row -> (R, N, C)."""
-        key, last = tuple(contexts), self._stacked
-        if last is None or last[0] != key:
-            names = key[0].conditioning
-            stacked = {name: torch.cat([context.conditioning[name] for context in key]) for name in names}
-            last = (key, stacked, self._adapters([(context.slot, context.scale) for context in key]))
-            self._stacked = last
-        _, conditioning, adapters = last
-        return self.transformer.features(tokens.view(len(key), *key[0].grid), conditioning, adapters)
+        key, given = tuple(contexts), self._stacked
+        if given is None or given.contexts != key:
+            given = self._stacked = self._stack(key)
+        rows = tokens.view(len(key), *key[0].grid)
+        if given.order is None:
+            return self.transformer.features(rows, given.conditioning, given.adapters)
+        return self.transformer.features(rows[given.order], given.conditioning, given.adapters)[given.order.argsort()]
+
+    def _stack(self, contexts: tuple[Context, ...]) -> _Stacked:
+        """Rows of one slot beside each other: what a style adds is then one product for all of them."""
+        order = sorted(range(len(contexts)), key=lambda row: contexts[row].slot)
+        rows = [contexts[row] for row in order]
+        conditioning = {name: torch.cat([row.conditioning[name] for row in rows]) for name in rows[0].conditioning}
+        adapters = self._adapters([(row.slot, row.scale) for row in rows])
+        index = None if order == list(range(len(order))) else torch.tensor(order, device=self.device)
+        return _Stacked(contexts, index, conditioning, adapters)
 
     def array(self, values: NDArray[Any]) -> Tensor:
         """The values as a tensor on the network's device."""

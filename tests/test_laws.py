@@ -162,6 +162,13 @@ def test_base_rows_do_not_notice_styled_neighbours(pipe: Pipeline) -> None:
     assert not torch.equal(mixed[1], mixed[3])
 
 
+def test_rows_do_not_notice_their_order(pipe: Pipeline) -> None:
+    styles = [None, "ink", "neon", "ink", None, "neon"]
+    expected = features(pipe, *styles)
+    for order in ([0, 4, 1, 3, 2, 5], [5, 1, 4, 2, 3, 0], [2, 0, 5, 4, 3, 1]):
+        assert torch.equal(features(pipe, *(styles[row] for row in order)), expected[order])
+
+
 def test_swapping_back_is_bitwise(tiny_model: Path) -> None:
     pipe = load(tiny_model)
     looks = [random_style(pipe.network.transformer.config, "look", rank=rank, seed=rank) for rank in (2, 5)]
