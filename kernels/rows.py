@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,18 +46,20 @@ class RowSlots:
 
     @cached_property
     def runs(self) -> tuple[tuple[int, slice], ...]:
-        """Pairs (slot, its rows): neighbours with the same slot, by slot. Rows sorted by slot have one run for each.
+        """Pairs (slot, its rows): neighbours with the same slot, by slot, a power of two at a time.
 
-        Only neighbours, although rows that are spaced evenly are a view too: oneDNN compiles a product for every
-        spacing, and keeps it.
+        Not more at once, and not rows that are spaced evenly, although they are a view too: oneDNN compiles a product
+        for every length and spacing, and keeps it.
         """
         found: list[tuple[int, slice]] = []
-        for row, slot in enumerate(self.slots.tolist()):
+        start = 0
+        for slot, neighbours in groupby(self.slots.tolist()):
             assert slot >= BASE, "a slot is -1 or an index into the bank"
-            if found and found[-1][0] == slot:
-                found[-1] = slot, slice(found[-1][1].start, row + 1)
-            else:
-                found.append((slot, slice(row, row + 1)))
+            end = start + len(list(neighbours))
+            while start < end:
+                length = 1 << ((end - start).bit_length() - 1)
+                found.append((slot, slice(start, start + length)))
+                start += length
         return tuple(sorted((run for run in found if run[0] != BASE), key=lambda run: run[0]))
 
 

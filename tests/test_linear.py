@@ -92,9 +92,10 @@ def test_runs_hold_every_adapted_row_once(slots: list[int]) -> None:
     assert sorted(found) == [(row, slot) for row, slot in enumerate(slots) if slot >= 0]
 
 
-def test_neighbours_are_one_run() -> None:
-    assert rows([-1, -1, 0, 0, 0, 2]).runs == ((0, slice(2, 5)), (2, slice(5, 6)))
+def test_runs_are_neighbours_a_power_of_two_at_a_time() -> None:
+    assert rows([-1, -1, 0, 0, 2]).runs == ((0, slice(2, 4)), (2, slice(4, 5)))
     assert rows([2, 1, 1, -1, 2, 2]).runs == ((1, slice(1, 3)), (2, slice(0, 1)), (2, slice(4, 6)))
+    assert rows([3] * 7).runs == ((3, slice(0, 4)), (3, slice(4, 6)), (3, slice(6, 7)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
