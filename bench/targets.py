@@ -190,7 +190,7 @@ CPU = (
         1.05,
         " x",
         False,
-        _serve("to_base", False, scenario="round", where="server", requests=8, styles=8),
+        _serve("to_base", False, scenario="round", where="server", requests=8, styles=8, model="amused-256"),
     ),
     Target("C5", "styles as inputs of ONNX graphs, to merged, fp32", 1.05, " x", False, _to_fused("float32")),
     Target("C5", "styles as inputs of ONNX graphs, to merged, int8", 1.05, " x", False, _to_fused("int8")),
