@@ -145,7 +145,8 @@ class Soak:
 
     def report(self, seconds: float) -> dict[str, Any]:
         """The row of the document, the server's counts compared."""
-        counts, sent = self._counts(), self.outcomes["drawn"] + self.outcomes["cancelled"]
+        sent = self.outcomes["drawn"] + self.outcomes["cancelled"]
+        counts = self._counts(sent)
         ended = sum(counts["ended"].values())
         if ended != sent or counts["accepted"]:
             self.problems.append(f"{sent} requests were sent, {ended} ended, {counts['accepted']:g} are still in")
@@ -171,16 +172,17 @@ class Soak:
         p95, p99 = (float(value) for value in np.percentile(self.latencies, (95, 99)))
         return row | {"latency": measure.series(self.latencies), "latency_tail": {"p95": p95, "p99": p99}}
 
-    def _counts(self) -> dict[str, Any]:
-        """What the server says, once it has nothing left to do."""
+    def _counts(self, sent: int) -> dict[str, Any]:
+        """What the server says, once it has nothing left to do; a client that left is not there to see its end."""
         for _ in range(100):
             text = client.send(self.server.url, "GET", "/metrics").body.decode()
             accepted = float(re.findall(r"^stylemuse_requests_accepted (\S+)$", text, re.MULTILINE)[0])
-            if not accepted:
+            found = re.findall(r'^stylemuse_request_seconds_count\{outcome="(\w+)"\} (\S+)$', text, re.MULTILINE)
+            ended = {outcome: int(float(value)) for outcome, value in found}
+            if not accepted and sum(ended.values()) >= sent:
                 break
             time.sleep(0.1)
-        found = re.findall(r'^stylemuse_request_seconds_count\{outcome="(\w+)"\} (\S+)$', text, re.MULTILINE)
-        return {"accepted": accepted, "ended": {outcome: int(float(value)) for outcome, value in found}}
+        return {"accepted": accepted, "ended": ended}
 
 
 def memory(samples: Sequence[tuple[float, int]]) -> dict[str, Any]:
