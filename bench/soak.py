@@ -229,13 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--minutes is above 0")
     pipe = pipeline("demo", dtype="float32")
     uploads = [pack(random_adapter(pipe, "soak", rank=4, seed=seed), "diffusers") for seed in range(5)]
-    chosen = [
-        "--model",
-        options.model,
-        "--max-rows",
-        str(options.max_rows),
-        *(["--dtype", options.dtype] if options.dtype else []),
-    ]
+    chosen = ["--model", options.model, "--max-rows", str(options.max_rows)]
+    chosen += ["--dtype", options.dtype] if options.dtype else []
     with (
         tempfile.TemporaryDirectory(prefix="stylemuse-soak-") as state,
         client.server([*chosen, "--state", state]) as at,

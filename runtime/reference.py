@@ -52,10 +52,11 @@ class Context:
 
 
 class _Stacked(NamedTuple):
-    """Contexts as one forward pass takes them: theirs is the order of rows, if it is another than their own."""
+    """Contexts as one forward pass takes them; ``order`` of its rows, and the way ``back``, if it is not their own."""
 
     contexts: tuple[Context, ...]
     order: Tensor | None
+    back: Tensor | None
     conditioning: Conditioning
     adapters: RowAdapters | None
 
@@ -139,7 +140,7 @@ class Reference:
         rows = tokens.view(len(key), *key[0].grid)
         if given.order is None:
             return self.transformer.features(rows, given.conditioning, given.adapters)
-        return self.transformer.features(rows[given.order], given.conditioning, given.adapters)[given.order.argsort()]
+        return self.transformer.features(rows[given.order], given.conditioning, given.adapters)[given.back]
 
     def _stack(self, contexts: tuple[Context, ...]) -> _Stacked:
         """Rows of one slot beside each other: what a style adds is then one product for all of them."""
@@ -147,8 +148,10 @@ class Reference:
         rows = [contexts[row] for row in order]
         conditioning = {name: torch.cat([row.conditioning[name] for row in rows]) for name in rows[0].conditioning}
         adapters = self._adapters([(row.slot, row.scale) for row in rows])
-        index = None if order == list(range(len(order))) else torch.tensor(order, device=self.device)
-        return _Stacked(contexts, index, conditioning, adapters)
+        if order == list(range(len(order))):
+            return _Stacked(contexts, None, None, conditioning, adapters)
+        index = torch.tensor(order, device=self.device)
+        return _Stacked(contexts, index, index.argsort(), conditioning, adapters)
 
     def array(self, values: NDArray[Any]) -> Tensor:
         """The values as a tensor on the network's device."""
