@@ -57,7 +57,8 @@ def test_answers_are_those_that_are_described(live: Live, app: str, tmp_path: Pa
         "--continue-on-failure",
         "--no-color",
     ]
-    command += ["--generation-deterministic", "--no-shrink", "--warnings", "off", "--workers", "2"]
+    # One worker: hypothesis parses sources, and CPython 3.11 counts the depth of two threads' parsing as one.
+    command += ["--generation-deterministic", "--no-shrink", "--warnings", "off", "--workers", "1"]
     allowed = '[checks.not_a_server_error]\nexpected-statuses = ["2xx", "3xx", "4xx", "504"]\n'
     (tmp_path / "schemathesis.toml").write_text(allowed)
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
