@@ -126,7 +126,7 @@ def _products(network: Reference, slot: int, batch: int) -> Runs:
 def _one_product(x: Tensor, weight: Tensor, _: None, adapter: LowRank, slots: RowSlots) -> Tensor:
     """`linear_reference` of rows in one style, whose products take all tokens at once."""
     y = nn.functional.linear(x, weight)
-    slot = slots.runs[0][0]
+    slot = slots.numbers[0]
     rank, parts, outputs = int(adapter.ranks[slot]), adapter.up.shape[1], adapter.up.shape[3]
     down = adapter.down[slot, :, :, :rank].transpose(0, 1).flatten(1)
     hidden = (x.flatten(0, 1) @ down * slots.scales.repeat_interleave(x.shape[1])[:, None]).to(x.dtype)

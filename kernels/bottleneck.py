@@ -37,21 +37,18 @@ def bottleneck_reference(y: Tensor, adapter: Bottleneck | None = None, rows: Row
         return y
     assert rows.slots.shape[0] == y.shape[0], "one slot per row"
     out = y
-    for slot, run in rows.runs:
-        width = int(adapter.widths[slot])
-        if width == 0:
-            continue
-        own, scales = y[run], rows.scales[run]
-        down, up = adapter.down[slot, :, :width], adapter.up[slot, :width]
+    for width, run in rows.runs(adapter.widths):
+        slots, scales = rows.slots[run], rows.scales[run]
+        down, up = adapter.down[:, :, :width][slots], adapter.up[:, :width][slots]
         if adapter.down_shift is not None:
-            down = down + adapter.down_shift[slot, :width]
+            down = down + adapter.down_shift[:, None, :width][slots]
         if adapter.up_shift is not None:
-            up = up + adapter.up_shift[slot]
-        hidden = F.gelu(torch.bmm(own, down.expand(len(own), -1, -1)))
+            up = up + adapter.up_shift[:, None][slots]
+        hidden = F.gelu(torch.bmm(y[run], down))
         hidden = (hidden * scales[:, None, None]).to(y.dtype)
         if out is y:
             out = y.clone()
-        out[run].baddbmm_(hidden, up.expand(len(own), -1, -1))
+        out[run].baddbmm_(hidden, up)
     return out
 
 

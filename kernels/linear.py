@@ -56,28 +56,24 @@ def linear_reference(
 def add_pairs(y: Tensor, x: Tensor, adapter: LowRank | None, rows: RowSlots | None) -> Tensor:
     """y plus the low-rank pair of each row's slot, in place: y must be needed by nobody else.
 
-    Products are batched over the rows of a slot, so that each has the shape it has for a row alone, and are added where
-    they belong: on a CPU it is the passes over y that cost, not the arithmetic.
+    Products are batched over rows of one rank, whatever their styles, so each has the shape it has for a row alone,
+    and are added where they belong: on a CPU it is the passes over y and the number of calls that cost, not arithmetic.
     """
     if adapter is None or rows is None:
         return y
     parts, outputs = adapter.up.shape[1], adapter.up.shape[3]
     assert rows.slots.shape[0] == x.shape[0], "one slot per row"
     assert y.shape[-1] == parts * outputs, "the adapter's parts must tile the weight's rows"
-    for slot, run in rows.runs:
-        rank = int(adapter.ranks[slot])
-        if rank == 0:
-            continue
-        own, scales = x[run], rows.scales[run]
+    for rank, run in rows.runs(adapter.ranks):
+        slots, scales = rows.slots[run], rows.scales[run]
         # One product for all parts: on a CPU three narrow ones cost three times as much.
-        down = adapter.down[slot, :, :, :rank].transpose(0, 1).flatten(1)
+        down = adapter.down[:, :, :, :rank].transpose(1, 2)[slots].flatten(2)
         # Scaling the narrow side costs rank, not outputs, and in fp32 no half-precision rounding of the scale.
-        hidden = (torch.bmm(own, down.expand(len(own), -1, -1)) * scales[:, None, None]).to(x.dtype)
+        hidden = (torch.bmm(x[run], down) * scales[:, None, None]).to(x.dtype)
         for part in range(parts):
-            up = adapter.up[slot, part, :rank].expand(len(own), -1, -1)
             # In place: the matrix product's output is needed by nobody else, its gradient included.
             target = y[run, :, part * outputs : (part + 1) * outputs]
-            target.baddbmm_(hidden[:, :, part * rank : (part + 1) * rank], up)
+            target.baddbmm_(hidden[:, :, part * rank : (part + 1) * rank], adapter.up[:, part, :rank][slots])
     return y
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -45,22 +45,34 @@ class RowSlots:
     scales: Tensor
 
     @cached_property
-    def runs(self) -> tuple[tuple[int, slice], ...]:
-        """Pairs (slot, its rows): neighbours with the same slot, by slot, a power of two at a time.
+    def numbers(self) -> tuple[int, ...]:
+        """The slots, on the host."""
+        numbers = tuple(self.slots.tolist())
+        assert all(slot >= BASE for slot in numbers), "a slot is -1 or an index into the bank"
+        return numbers
 
-        Not more at once, and not rows that are spaced evenly, although they are a view too: oneDNN compiles a product
-        for every length and spacing, and keeps it.
+    def runs(self, widths: Tensor) -> tuple[tuple[int, slice], ...]:
+        """Pairs (width, rows): neighbours whose slots have adapters of one width (S,), whatever their styles.
+
+        A power of two at a time, and not rows that are spaced evenly, although they are a view too: oneDNN compiles a
+        product for every length and spacing, and keeps it. Rows without an adapter, or of width 0, are in none.
         """
-        found: list[tuple[int, slice]] = []
-        start = 0
-        for slot, neighbours in groupby(self.slots.tolist()):
-            assert slot >= BASE, "a slot is -1 or an index into the bank"
-            end = start + len(list(neighbours))
-            while start < end:
-                length = 1 << ((end - start).bit_length() - 1)
-                found.append((slot, slice(start, start + length)))
-                start += length
-        return tuple(sorted((run for run in found if run[0] != BASE), key=lambda run: run[0]))
+        known: list[int] = widths.tolist()
+        return _runs(tuple(0 if slot == BASE else known[slot] for slot in self.numbers))
+
+
+@lru_cache(maxsize=256)
+def _runs(widths: tuple[int, ...]) -> tuple[tuple[int, slice], ...]:
+    found: list[tuple[int, slice]] = []
+    start = 0
+    for width, neighbours in groupby(widths):
+        end = start + len(list(neighbours))
+        while start < end:
+            length = 1 << ((end - start).bit_length() - 1)
+            if width:
+                found.append((width, slice(start, start + length)))
+            start += length
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -86,16 +86,16 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 @given(st.lists(st.integers(-1, 3), max_size=12))
 @settings(deadline=None)
 def test_runs_hold_every_adapted_row_once(slots: list[int]) -> None:
-    given_rows = rows(slots)
+    widths = [4, 0, 4, 2]
     numbers = list(range(len(slots)))
-    found = [(row, slot) for slot, run in given_rows.runs for row in numbers[run]]
-    assert sorted(found) == [(row, slot) for row, slot in enumerate(slots) if slot >= 0]
+    found = [(row, width) for width, run in rows(slots).runs(torch.tensor(widths)) for row in numbers[run]]
+    assert found == [(row, widths[slot]) for row, slot in enumerate(slots) if slot >= 0 and widths[slot]]
 
 
 def test_runs_are_neighbours_a_power_of_two_at_a_time() -> None:
-    assert rows([-1, -1, 0, 0, 2]).runs == ((0, slice(2, 4)), (2, slice(4, 5)))
-    assert rows([2, 1, 1, -1, 2, 2]).runs == ((1, slice(1, 3)), (2, slice(0, 1)), (2, slice(4, 6)))
-    assert rows([3] * 7).runs == ((3, slice(0, 4)), (3, slice(4, 6)), (3, slice(6, 7)))
+    widths = torch.tensor([4, 2, 4])
+    assert rows([-1, -1, 0, 2, 1]).runs(widths) == ((4, slice(2, 4)), (2, slice(4, 5)))
+    assert rows([0, 2, 0, -1, 2]).runs(widths) == ((4, slice(0, 2)), (4, slice(2, 3)), (4, slice(4, 5)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
