@@ -68,12 +68,13 @@ def add_pairs(y: Tensor, x: Tensor, adapter: LowRank | None, rows: RowSlots | No
         slots, scales = rows.slots[run], rows.scales[run]
         # One product for all parts: on a CPU three narrow ones cost three times as much.
         down = adapter.down[:, :, :, :rank].transpose(1, 2)[slots].flatten(2)
+        up = adapter.up[:, :, :rank][slots]
         # Scaling the narrow side costs rank, not outputs, and in fp32 no half-precision rounding of the scale.
         hidden = (torch.bmm(x[run], down) * scales[:, None, None]).to(x.dtype)
         for part in range(parts):
             # In place: the matrix product's output is needed by nobody else, its gradient included.
             target = y[run, :, part * outputs : (part + 1) * outputs]
-            target.baddbmm_(hidden[:, :, part * rank : (part + 1) * rank], adapter.up[:, part, :rank][slots])
+            target.baddbmm_(hidden[:, :, part * rank : (part + 1) * rank], up[:, part])
     return y
 
 
