@@ -24,7 +24,9 @@ _EPSILON = constant(1e-6)
 def response_norm_reference(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     """The definition in plain torch, the sum of squares in fp32."""
     # `torch.linalg.vector_norm` over the positions takes 3 (bf16) to 9 times (fp32) as long on a CPU.
-    norms = x.square().sum(dim=1, keepdim=True, dtype=torch.float32).sqrt().to(x.dtype)
+    squares = x.square().sum(dim=1, keepdim=True, dtype=torch.float32)
+    # A channel of zeros has the norm 0, as near as fp32 can tell, and a gradient, which a root of 0 has not.
+    norms = squares.clamp_min(torch.finfo(torch.float32).tiny).sqrt().to(x.dtype)
     gain = 1 + gamma * (norms / (norms.mean(dim=-1, keepdim=True) + 1e-6))
     return torch.addcmul(beta, x, gain)
 

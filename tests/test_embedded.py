@@ -13,6 +13,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 import stylemuse as sm
 from stylemuse.hub import resolve
+from stylemuse.tuning.style import Recipe, tune
 
 FOLDER = resolve("demo")
 STYLES = ("arcade", "blueprint", "ember", "neon", "retro", "riso")
@@ -79,6 +80,23 @@ def test_a_mixed_batch_draws_what_each_style_draws_alone(pipe: sm.Pipeline) -> N
         assert np.array_equal(pipe.run([request])[0].tokens, result.tokens)
     for index, picture in enumerate(pictures):
         assert all(np.abs(picture - other).mean() > 4 for other in pictures[:index])
+
+
+@pytest.mark.slow
+def test_a_style_can_be_tuned_from_its_picture(pipe: sm.Pipeline) -> None:
+    """Real activations: some channels are zero everywhere, which random weights have none of."""
+    losses: list[float] = []
+    with Image.open(FOLDER / "styles" / "neon" / "reference.png") as picture:
+        recipe = Recipe(steps=40)
+        tune(
+            pipe,
+            picture,
+            "a fox in neon style",
+            name="again",
+            recipe=recipe,
+            on_step=lambda *step: losses.append(step[2]),
+        )
+    assert sum(losses[-10:]) < 0.85 * sum(losses[:10])
 
 
 def test_size_of_the_package() -> None:

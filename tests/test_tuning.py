@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import stylemuse as sm
+from stylemuse.kernels.response_norm import response_norm
 from stylemuse.tuning import training
 from stylemuse.tuning.style import Recipe, _views, descriptor_of, tune
 
@@ -24,6 +25,20 @@ def test_masks_have_the_share_they_were_drawn_with() -> None:
     assert abs(float(counts.float().mean()) / 25 - 2 / math.pi) < 0.01
     places = masks.float().mean(0)
     assert float((places - places.mean()).abs().max()) < 0.04
+
+
+def test_a_channel_of_zeros_has_a_gradient() -> None:
+    """GELU leaves some: the gradient is that of torch's own norm, which is 0 there."""
+    generator = torch.Generator().manual_seed(0)
+    x, gamma = torch.randn(2, 7, 5, generator=generator), torch.full((5,), 0.3)
+    x[:, :, 3] = 0
+    found, wanted = x.clone().requires_grad_(), x.clone().requires_grad_()
+    response_norm(found, gamma, gamma).sin().sum().backward()
+    norms = torch.linalg.vector_norm(wanted, dim=1, keepdim=True)
+    (wanted * (1 + gamma * norms / (norms.mean(-1, keepdim=True) + 1e-6)) + gamma).sin().sum().backward()
+    assert found.grad is not None
+    assert wanted.grad is not None
+    assert torch.allclose(found.grad, wanted.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_learning_rate_rises_holds_and_falls() -> None:
