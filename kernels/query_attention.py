@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .attention import LOG2_E, attend, attention
 from .dispatch import REFERENCE, Kernels, forward_only, jit, operator, tl
-from .linear import linear
+from .linear import PACKED, linear, packed, unpacked
 from .norm import Kind, Norm, statistics
 from .rows import LowRank, RowSlots
 from .tile import projected_tile
@@ -232,9 +232,7 @@ def _output(x: Tensor, weight: Tensor, *_: object) -> Tensor:
 
 
 @operator(
-    "query_attention(Tensor x, Tensor weight, Tensor k, Tensor v, Tensor? bias, Tensor? down, Tensor? up, "
-    "Tensor? ranks, Tensor? slots, Tensor? scales, Tensor? lengths, Tensor? norm_weight, Tensor? norm_modulation, "
-    "float epsilon, str norm) -> Tensor",
+    f"query_attention(Tensor x, Tensor weight, Tensor k, Tensor v, Tensor? bias, Tensor? lengths, {PACKED}) -> Tensor",
     fake=_output,
 )
 def _query_attention(
@@ -243,23 +241,19 @@ def _query_attention(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
+    lengths: Tensor | None,
     down: Tensor | None,
     up: Tensor | None,
     ranks: Tensor | None,
     slots: Tensor | None,
     scales: Tensor | None,
-    lengths: Tensor | None,
     norm_weight: Tensor | None,
     norm_modulation: Tensor | None,
     epsilon: float,
     norm: Kind | Literal["none"],
 ) -> Tensor:
-    y, adapter, rows, before = _output(x, weight), None, None, None
-    if down is not None and up is not None and ranks is not None and slots is not None and scales is not None:
-        adapter, rows = LowRank(down, up, ranks), RowSlots(slots, scales)
-    if norm_weight is not None and norm != "none":
-        before = Norm(norm_weight, epsilon, norm, norm_modulation)
-    architecture, size = family(x.device), k.shape[3]
+    y, architecture, size = _output(x, weight), family(x.device), k.shape[3]
+    adapter, rows, before = unpacked(down, up, ranks, slots, scales, norm_weight, norm_modulation, epsilon, norm)
     call = _call(x, weight, k, v, bias, adapter, rows, lengths, before, y, architecture)
     problem = f"{size} of {weight.shape[1]} {norm} {str(x.dtype).removeprefix('torch.')}"
     call.run(pick("query_attention", problem, x.device, choices(architecture, x.dtype, size)))
@@ -283,15 +277,7 @@ def query_attention(
     if "query_attention" not in kernels.triton or not fits(family(x.device), x.dtype, k.shape[3]):
         return query_attention_reference(x, weight, k, v, bias, adapter, rows, lengths, norm=norm, kernels=kernels)
     forward_only(x, weight, bias, k, v)
-    stacks: tuple[Tensor | None, ...] = (None,) * 5
-    if adapter is not None and rows is not None:
-        assert rows.slots.shape[0] == x.shape[0], "one slot per row"
-        stacks = (adapter.down, adapter.up, adapter.ranks, rows.slots, rows.scales)
-    if norm is None:
-        return _query_attention(x, weight, k, v, bias, *stacks, lengths, None, None, 0.0, "none")
-    return _query_attention(
-        x, weight, k, v, bias, *stacks, lengths, norm.weight, norm.modulation, norm.epsilon, norm.kind
-    )
+    return _query_attention(x, weight, k, v, bias, lengths, *packed(x, adapter, rows, norm))
 
 
 def specimens(architecture: str) -> Iterator[Specimen]:
