@@ -34,7 +34,7 @@ from stylemuse.decoding.schedule import amused
 from stylemuse.kernels.linear import linear_reference
 from stylemuse.kernels.rows import LowRank, RowAdapters, RowSlots
 from stylemuse.models.vq import VQ, GroupNorm
-from stylemuse.reference import AESTHETIC_SCORE, Reference
+from stylemuse.network import AESTHETIC_SCORE, TorchNetwork
 
 from . import measure
 
@@ -70,12 +70,12 @@ def rows(pipe: Pipeline, style: str, *, batch: int, decoding: int, repeats: int)
     return [*made, {"name": name, "part": "whole", **facts, "steps": decoding, "step": step, "to_free": ratio}]
 
 
-def _tokens(network: Reference) -> int:
+def _tokens(network: TorchNetwork) -> int:
     return int(network.sizes.side**2)
 
 
 @torch.no_grad()
-def _at_once(network: Reference, prompts: list[str], slot: int) -> Any:
+def _at_once(network: TorchNetwork, prompts: list[str], slot: int) -> Any:
     """The conditioning of all prompts in one pass."""
     text = network.text_encoder(network.tokenizer(prompts).to(network.device))
     side = float(network.sizes.side * network.sizes.factor)
@@ -87,12 +87,12 @@ def _at_once(network: Reference, prompts: list[str], slot: int) -> Any:
     return network.transformer.condition(text.penultimate, text.pooled, micro, adapters)
 
 
-def _one_by_one(network: Reference, prompts: list[str], slot: int) -> list[Any]:
+def _one_by_one(network: TorchNetwork, prompts: list[str], slot: int) -> list[Any]:
     grid = (network.sizes.side, network.sizes.side)
     return [network.context(network.text(prompt), grid, slot) for prompt in prompts]
 
 
-def _contexts(network: Reference, slot: int, batch: int) -> Runs:
+def _contexts(network: TorchNetwork, slot: int, batch: int) -> Runs:
     prompts = [f"a fox {index}" for index in range(batch)]
     return {
         "kept": partial(_one_by_one, network, prompts, slot),
@@ -100,7 +100,7 @@ def _contexts(network: Reference, slot: int, batch: int) -> Runs:
     }
 
 
-def _products(network: Reference, slot: int, batch: int) -> Runs:
+def _products(network: TorchNetwork, slot: int, batch: int) -> Runs:
     """Every projection of a step that the style adapts, on random tokens, as often as the network has it."""
     device, dtype, config = network.device, network.dtype, network.transformer.config
     touched = {site: at for site, at in network.bank.touched([slot]).items() if not site.endswith(".kv")}
@@ -137,7 +137,7 @@ def _one_product(x: Tensor, weight: Tensor, _: None, adapter: LowRank, slots: Ro
     return y
 
 
-def _scores(network: Reference, positions: int) -> Runs:
+def _scores(network: TorchNetwork, positions: int) -> Runs:
     """Log-probabilities of the drawn codes at so many positions."""
     logits = torch.randn(positions, network.transformer.config.codebook_size, device=network.device)
     drawn = logits.argmax(1, keepdim=True)
@@ -147,7 +147,7 @@ def _scores(network: Reference, positions: int) -> Runs:
     }
 
 
-def _pixels(network: Reference, batch: int) -> Runs:
+def _pixels(network: TorchNetwork, batch: int) -> Runs:
     """Pictures of random codes, and one at a time with torch's own group norms."""
     side, codes = network.sizes.side, network.transformer.config.codebook_size
     tokens, free = torch.randint(codes, (batch, side, side), device=network.device), _own_norms(network.vq)
@@ -176,7 +176,7 @@ def _own_norms(vq: VQ) -> VQ:
     return copy
 
 
-def _steps(network: Reference, slot: int, batch: int, repeats: int) -> list[float]:
+def _steps(network: TorchNetwork, slot: int, batch: int, repeats: int) -> list[float]:
     """Seconds of steps after the first, of a batch of one-branch pictures in the style."""
     tokens, side = _tokens(network), network.sizes.side
     contexts = _one_by_one(network, [f"a fox {index}" for index in range(batch)], slot)

@@ -17,8 +17,8 @@ import torch
 
 from ..adapters.canonical import Adapter
 from ..core import StylemuseError
+from ..network import TorchNetwork
 from ..pipeline import Pipeline
-from ..reference import Reference
 from . import agreement, files, folder, generate, manifest, page, quantize
 from .adapters import FORMS, pack
 from .loading import open_folder
@@ -55,7 +55,7 @@ def export(
         StylemuseError: what is asked for is impossible, or a graph does not give what it should.
     """
     network = pipe.network
-    if not isinstance(network, Reference) or network.dtype != torch.float32 or network.device.type != "cpu":
+    if not isinstance(network, TorchNetwork) or network.dtype != torch.float32 or network.device.type != "cpu":
         raise StylemuseError(
             "an export starts from a model loaded with backend='reference', dtype='float32' on the CPU"
         )
@@ -96,7 +96,7 @@ def export(
 
 def _deploy(
     pipe: Pipeline,
-    network: Reference,
+    network: TorchNetwork,
     path: Path,
     form: str,
     adapters: Sequence[Adapter],

@@ -15,8 +15,8 @@ from ..adapters.canonical import Adapter
 from ..adapters.merge import merged
 from ..decoding import schedule
 from ..models.amused import Amused
+from ..network import TorchNetwork
 from ..pipeline import Pipeline
-from ..reference import Reference
 from . import convert, fuse
 from .adapters import Styling, is_constant, pack, places
 from .graph import Graph
@@ -39,7 +39,7 @@ class Written(NamedTuple):
 
 def write(
     pipe: Pipeline,
-    network: Reference,
+    network: TorchNetwork,
     folder: Path,
     form: str,
     adapters: Sequence[Adapter],
@@ -111,7 +111,7 @@ def _graph(
     return GraphFile(File.of(folder, path), data, description.inputs, description.outputs, errors)
 
 
-def _sizes(network: Reference, index: int, rows: int) -> dict[str, int]:
+def _sizes(network: TorchNetwork, index: int, rows: int) -> dict[str, int]:
     """What the graphs are tried with: so many rows, of pictures that add up two of them, on grids of several shapes."""
     lanes = {f"lanes_{parts}": 2 * parts for parts in (1, 2, 3)} | {"slots": 3, "text": network.tokenizer.length}
     height, width = ((2, 4), (6, 4), (2, 2))[index % 3]

@@ -127,7 +127,7 @@ class Session:
 
 
 class OnnxNetwork:
-    """Text, transformer and VQ of an exported folder; the methods are those of ``reference.Reference``.
+    """Text, transformer and VQ of an exported folder; the methods are those of ``network.TorchNetwork``.
 
     Args:
         folder, manifest: the folder, and its manifest as ``manifest.read`` gave it.

@@ -16,8 +16,8 @@ from .decoding.buckets import Buckets
 from .folder import Networks, read_model, weights_sha256
 from .kernels.dispatch import REFERENCE, STEP, Kernels
 from .machine import Machine, choose, choose_kernels, choose_quantization
+from .network import TorchNetwork
 from .pipeline import Pipeline
-from .reference import Reference
 from .static import StaticRows
 
 
@@ -68,7 +68,7 @@ def assemble(
     sites = config.sites()
     bank = Bank(sites, config.bottleneck_sites(), slots=slots, rank=rank, device=machine.device, dtype=machine.dtype)
     library = Library(bank, sites, name, fingerprint)
-    network = Reference(networks, machine, bank, kernels, quantization)
+    network = TorchNetwork(networks, machine, bank, kernels, quantization)
 
     def buckets(rows: int | None) -> Buckets:
         return Buckets(partial(StaticRows, network), machine.device, rows=rows)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .adapters.library import Library
     from .adapters.versions import Version
     from .models.text import TextOutput
-    from .reference import Context, Reference
+    from .network import Context, TorchNetwork
 
 _TEXTS_KEPT = 256
 _CONTEXT_BYTES = 256 << 20
@@ -45,7 +45,7 @@ class _Conditions(NamedTuple):
 class Jobs:
     """Begins jobs of one model; texts and step-constant conditioning are kept for those that come later, bounded."""
 
-    def __init__(self, model: str, network: Reference, adapters: Library, defaults: Mapping[str, Any]) -> None:
+    def __init__(self, model: str, network: TorchNetwork, adapters: Library, defaults: Mapping[str, Any]) -> None:
         self.model, self.network, self.adapters, self.defaults = model, network, adapters, defaults
         self._texts: Recent[str, TextOutput] = Recent(_TEXTS_KEPT, lambda _: 1)
         self._contexts: Recent[_Conditions, Context] = Recent(_CONTEXT_BYTES, lambda context: context.bytes)

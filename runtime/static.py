@@ -14,13 +14,13 @@ from torch import Tensor
 from .kernels.dispatch import Kernels
 from .kernels.rows import BASE, RowAdapters, RowSlots
 from .models.layers import Conditioning
-from .reference import Context, Reference
+from .network import Context, TorchNetwork
 
 
 class StaticRows:
     """So many rows of a network, of one grid (h, w); made for one `Bucket`."""
 
-    def __init__(self, network: Reference, rows: int, grid: tuple[int, int]) -> None:
+    def __init__(self, network: TorchNetwork, rows: int, grid: tuple[int, int]) -> None:
         self._network, self._grid = network, grid
         self._slots = torch.full((rows,), BASE, device=network.device)
         self._scales = torch.ones(rows, device=network.device)

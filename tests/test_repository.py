@@ -36,7 +36,7 @@ MAY_IMPORT = {
         "models",
         "adapters",
         "decoding",
-        "reference",
+        "network",
         "jobs",
         "pipeline",
         "engine",

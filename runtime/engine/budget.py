@@ -20,7 +20,7 @@ from ..decoding.buckets import KEPT
 from ..kernels.dispatch import STEP
 from ..kernels.sampling import CHUNK
 from ..models.amused import AmusedConfig
-from ..reference import Reference
+from ..network import TorchNetwork
 from .batcher import AHEAD
 
 NOISE_BYTES = 32 * CHUNK
@@ -40,7 +40,7 @@ def row_bytes(config: AmusedConfig, text_length: int, dtype: torch.dtype, stacke
     return streams + widest + (1 + AHEAD + stacked) * (keys + scales) * b
 
 
-def rows_within(memory: int, network: Reference) -> int:
+def rows_within(memory: int, network: TorchNetwork) -> int:
     """Rows that fit; at least one branch must, or the budget is refused."""
     if network.name == "onnx":
         raise StylemuseError("memory is a budget for networks in torch; give max_rows for backend 'onnx'")

@@ -20,8 +20,8 @@ from torch import Tensor
 from ..adapters.canonical import Adapter
 from ..core import StylemuseError
 from ..kernels.rows import LowRank, RowAdapters, RowSlots, Site
+from ..network import AESTHETIC_SCORE
 from ..pipeline import Pipeline
-from ..reference import AESTHETIC_SCORE
 from .training import finite, mask_at_random
 
 PROJECTIONS = ("to_q", "to_k", "to_v")

@@ -61,7 +61,7 @@ class _Stacked(NamedTuple):
     adapters: RowAdapters | None
 
 
-class Reference:
+class TorchNetwork:
     """Text, transformer and VQ on one device. Every method is a function of its arguments and of the bank."""
 
     def __init__(
