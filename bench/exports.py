@@ -22,8 +22,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, product
 from itertools import count as counting
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +115,15 @@ def contestant(job: peers.Job, kind: Kind, path: Path) -> peers.Contestant:
 
     def draw(prompts: Sequence[str]) -> peers.Drawn:
         sampling, guidance = sm.Sampling(job.steps), sm.CFG(peers.SCALE)
-        began, per_step, canvases = time.perf_counter(), Timings(), []
+        began, per_step = time.perf_counter(), Timings()
         jobs = [
             pipe.jobs.begin(sm.Request(each, style, seed=1, guidance=guidance, sampling=sampling)) for each in prompts
         ]
         try:
             for each in jobs:
                 each.acquire()
-                canvases += each.canvases({"text": 0.0, "condition": 0.0})
-            decode(pipe.network, canvases, None, per_step)
+            canvases = pipe.jobs.canvases(jobs, {"text": 0.0, "condition": 0.0})
+            decode(pipe.network, list(chain.from_iterable(canvases)), None, per_step)
         finally:
             for each in jobs:
                 each.release()

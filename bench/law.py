@@ -4,7 +4,7 @@ What a request draws may not depend on what shares its forward pass, nor on the 
 a sum hangs on the shape of a product, on the batch of a convolution in bf16, and on how a norm's sums are split among
 threads. Hence
 
-    contexts   text and step-constant conditioning, one row at a time            free: all rows at once
+    contexts   texts one at a time, conditioning with its vectors in eights      free: all rows at once
     products   of a style's low-rank pairs, batched over the style's rows        free: one over all their tokens
     scores     by log_softmax, which sums each row in one order                  free: by logsumexp
     pixels     one picture at a time, group norms of contiguous pictures         free: all at once, torch's norms
@@ -87,15 +87,16 @@ def _at_once(network: TorchNetwork, prompts: list[str], slot: int) -> Any:
     return network.transformer.condition(text.penultimate, text.pooled, micro, adapters)
 
 
-def _one_by_one(network: TorchNetwork, prompts: list[str], slot: int) -> list[Any]:
+def _kept(network: TorchNetwork, prompts: list[str], slot: int) -> list[Any]:
+    """The same, each prompt's as if it were alone."""
     grid = (network.sizes.side, network.sizes.side)
-    return [network.context(network.text(prompt), grid, slot) for prompt in prompts]
+    return network.contexts([(network.text(prompt), grid, slot, 1.0) for prompt in prompts])
 
 
 def _contexts(network: TorchNetwork, slot: int, batch: int) -> Runs:
     prompts = [f"a fox {index}" for index in range(batch)]
     return {
-        "kept": partial(_one_by_one, network, prompts, slot),
+        "kept": partial(_kept, network, prompts, slot),
         "free": partial(_at_once, network, prompts, slot),
     }
 
@@ -179,7 +180,7 @@ def _own_norms(vq: VQ) -> VQ:
 def _steps(network: TorchNetwork, slot: int, batch: int, repeats: int) -> list[float]:
     """Seconds of steps after the first, of a batch of one-branch pictures in the style."""
     tokens, side = _tokens(network), network.sizes.side
-    contexts = _one_by_one(network, [f"a fox {index}" for index in range(batch)], slot)
+    contexts = _kept(network, [f"a fox {index}" for index in range(batch)], slot)
     steps, timings, seconds = amused(tokens, tokens, 4), dict[str, list[float]](), list[float]()
     for _ in range(repeats):
         canvases = [

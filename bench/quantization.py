@@ -64,7 +64,7 @@ def _hidden(pipe: sm.Pipeline, request: sm.Request, grid: Tensor, masked: Tensor
         job = pipe.jobs.begin(request)
         held.callback(job.release)
         job.acquire()
-        contexts = job.canvases({"text": 0.0, "condition": 0.0})[0].contexts
+        contexts = pipe.jobs.canvases([job], {"text": 0.0, "condition": 0.0})[0][0].contexts
         given = grid.masked_fill(masked, network.mask_id).flatten().expand(len(contexts), -1)
         return network.readout(network.features(given, contexts)[:, masked.flatten()].flatten(0, 1))
 

@@ -179,6 +179,10 @@ class OnnxNetwork:
         made = graph.run(feeds | self.styles.feeds(graph.inputs, [slot], [scale]))
         return Context(made, grid, slot, scale)
 
+    def contexts(self, rows: Sequence[tuple[Text, tuple[int, int], int, float]]) -> list[Context]:
+        """The step-constant parts of rows of (text, grid, slot, scale)."""
+        return [self.context(*row) for row in rows]
+
     def decode_step(self, canvases: Sequence[Canvas], rows: Rows, timings: Timings | None) -> tuple[Any, Any]:
         """Tokens and unknown of each canvas after one step, (N,) each."""
         with timed(timings, "graph", "cpu"):

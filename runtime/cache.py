@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key")
@@ -22,18 +22,25 @@ class Recent(Generic[Key, Value]):
 
     def get(self, key: Key, make: Callable[[], Value]) -> Value:
         """The kept value, or a new one, made once for all who wait for it; those not used for longest leave."""
+        return self.get_all([key], lambda _: [make()])[0]
+
+    def get_all(self, keys: Sequence[Key], make: Callable[[list[Key]], Iterable[Value]]) -> list[Value]:
+        """The keys' values; those that are not kept are made together, each once."""
         with self._making:
             with self._lock:
-                if key in self._values:
+                found = {key: self._values[key] for key in keys if key in self._values}
+                for key in found:
                     self._values.move_to_end(key)
-                    return self._values[key]
-            value = make()
+            missing = [key for key in dict.fromkeys(keys) if key not in found]
+            made = dict(zip(missing, make(missing), strict=True)) if missing else {}
             with self._lock:
-                self._values[key] = value
-                self._used += self._size(value)
+                for key, value in made.items():
+                    self._values[key] = value
+                    self._used += self._size(value)
                 while self._used > self._budget:
                     self._used -= self._size(self._values.popitem(last=False)[1])
-            return value
+            found |= made
+            return [found[key] for key in keys]
 
     def forget(self, gone: Callable[[Key], bool]) -> None:
         """Drop what nobody will ask for again, without waiting for what is being made."""

@@ -2,14 +2,15 @@
 
 begin     the versions of its styles are pinned and everything is checked; nothing is computed
 acquire   its styles have slots
-canvases  text and conditioning are there: every picture can be decoded
-pictures  tokens -> pictures, those of many requests together
+canvases  text and conditioning are there: every picture can be decoded       of many requests together
+pictures  tokens -> pictures                                                  of many requests together
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,8 +33,8 @@ _TEXTS_KEPT = 256
 _CONTEXT_BYTES = 256 << 20
 
 
-class _Conditions(NamedTuple):
-    """All that step-constant conditioning depends on."""
+class Conditions(NamedTuple):
+    """All that a row's step-constant conditioning depends on; the slot may hold another version tomorrow."""
 
     prompt: str
     grid: tuple[int, int]
@@ -48,7 +49,7 @@ class Jobs:
     def __init__(self, model: str, network: TorchNetwork, adapters: Library, defaults: Mapping[str, Any]) -> None:
         self.model, self.network, self.adapters, self.defaults = model, network, adapters, defaults
         self._texts: Recent[str, TextOutput] = Recent(_TEXTS_KEPT, lambda _: 1)
-        self._contexts: Recent[_Conditions, Context] = Recent(_CONTEXT_BYTES, lambda context: context.bytes)
+        self._contexts: Recent[Conditions, Context] = Recent(_CONTEXT_BYTES, lambda context: context.bytes)
         adapters.on_free = self._forget
 
     def begin(self, request: Request) -> Job:
@@ -65,20 +66,25 @@ class Jobs:
                 drawn[index] = list(islice(pictures, len(grids[index])))
         return drawn
 
-    def context(
-        self, branch: Branch, grid: tuple[int, int], slot: int, version: Version | None, timings: dict[str, Any]
-    ) -> Context:
-        """The branch's context, made once for all rows that share it and kept for later requests."""
+    def canvases(self, jobs: Iterable[Job], timings: dict[str, Any]) -> list[list[Canvas]]:
+        """Of each job a canvas per picture; seconds are added to ``timings`` "text" and "condition".
+
+        A context is made once for all rows that share it, together with those that others need, and kept for later.
+        """
+        wanted = {job: job.conditions() for job in jobs}
+        each = [one for own in wanted.values() for one in own]
         mark = time.perf_counter()
-        text = self._texts.get(branch.prompt, lambda: self.network.text(branch.prompt))
+        prompts = dict.fromkeys(one.prompt for one in each)
+        texts = {prompt: self._texts.get(prompt, partial(self.network.text, prompt)) for prompt in prompts}
         timings["text"] += time.perf_counter() - mark
         mark = time.perf_counter()
-        scale = 1.0 if version is None else branch.strength * version.scale
-        # The version is part of the key: the slot may hold another one tomorrow.
-        key = _Conditions(branch.prompt, grid, slot, scale, version)
-        made = self._contexts.get(key, lambda: self.network.context(text, grid, slot, scale))
+
+        def make(missing: list[Conditions]) -> list[Context]:
+            return self.network.contexts([(texts[one.prompt], one.grid, one.slot, one.scale) for one in missing])
+
+        made = iter(self._contexts.get_all(each, make))
         timings["condition"] += time.perf_counter() - mark
-        return made
+        return [job.canvases(tuple(islice(made, len(own)))) for job, own in wanted.items()]
 
     def _forget(self, version: Version) -> None:
         self._contexts.forget(lambda key: key.version is version)
@@ -115,10 +121,18 @@ class Job:
             self._release_slots()
             raise
 
-    def canvases(self, timings: dict[str, Any]) -> list[Canvas]:
-        """A canvas per picture; seconds are added to ``timings`` "text" and "condition"."""
+    @property
+    def resident(self) -> bool:
+        """Whether `acquire` has nothing to read, as far as can be told before."""
+        return all(self._versions[name].resident is not None for name in self.plan.styles)
+
+    def conditions(self) -> list[Conditions]:
+        """Of each branch."""
+        return [self._conditions(branch) for branch in self.plan.branches]
+
+    def canvases(self, contexts: tuple[Context, ...]) -> list[Canvas]:
+        """A canvas per picture, given the context of each branch."""
         chosen = self.plan
-        contexts = tuple(self._context(branch, timings) for branch in chosen.branches)
         weights = tuple(branch.weights for branch in chosen.branches)
         return [
             Canvas(known.tokens, known.unknown, seed, known.steps, contexts, weights, chosen.grid)
@@ -140,8 +154,8 @@ class Job:
             if name not in self._versions:
                 self._versions[name] = self._jobs.adapters.pin(name)
 
-    def _context(self, branch: Branch, timings: dict[str, Any]) -> Context:
+    def _conditions(self, branch: Branch) -> Conditions:
         if branch.style is None:
-            return self._jobs.context(branch, self.plan.grid, BASE, None, timings)
+            return Conditions(branch.prompt, self.plan.grid, BASE, 1.0, None)
         slot, version = self._slots[branch.style], self._versions[branch.style]
-        return self._jobs.context(branch, self.plan.grid, slot, version, timings)
+        return Conditions(branch.prompt, self.plan.grid, slot, branch.strength * version.scale, version)

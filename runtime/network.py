@@ -1,7 +1,7 @@
 """The networks in torch, as the decoding loop and the pipeline use them: the reference, or with Triton kernels.
 
-A `Context` is one row's step-constant part: what a prompt, a size and an adapter slot leave for the loop. Contexts are
-made one at a time, so that what one holds never depends on what was made beside it.
+A `Context` is one row's step-constant part: what a prompt, a size and an adapter slot leave for the loop. What one
+holds never depends on what was made beside it.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ AESTHETIC_SCORE = 6.0
 _POSITIONS = 64
 """On a CPU, positions are read out in multiples of this, from 512 on in eighths of a power of two. Their number differs
 at nearly every step, and oneDNN compiles a bf16 product for every shape and keeps the last 1024, each with 0.7 MB."""
+
+
+_TOGETHER = 8
+"""Contexts made in one pass, at most. On a CPU a product's order of sums hangs on the number of its rows where they are
+few, and a context has one vector for many tokens of text: vectors come in this number always, with zeros if need be."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,11 +130,30 @@ class TorchNetwork:
     @torch.no_grad()
     def context(self, text: TextOutput, grid: tuple[int, int], slot: int = BASE, scale: float = 1.0) -> Context:
         """The step-constant part of one row. grid is (h, w) in tokens; slot -1 is the base."""
-        height, width = (side * self.vq.config.factor for side in grid)
-        micro = torch.tensor([[width, height, 0.0, 0.0, AESTHETIC_SCORE]], device=self.device)
-        adapters = self._adapters([(slot, scale)])
-        conditioning = self.transformer.condition(text.penultimate, text.pooled, micro, adapters)
-        return Context(conditioning, grid, slot, scale)
+        return self.contexts([(text, grid, slot, scale)])[0]
+
+    @torch.no_grad()
+    def contexts(self, rows: Sequence[tuple[TextOutput, tuple[int, int], int, float]]) -> list[Context]:
+        """The step-constant parts of rows of (text, grid, slot, scale), each as it would be alone."""
+        parts = [rows[first : first + _TOGETHER] for first in range(0, len(rows), _TOGETHER)]
+        return [context for part in parts for context in self._conditioned(part)]
+
+    def _conditioned(self, rows: Sequence[tuple[TextOutput, tuple[int, int], int, float]]) -> list[Context]:
+        # A power of two of texts: oneDNN compiles a product for every number of rows, and keeps it.
+        filler = [rows[0]] * ((1 << (len(rows) - 1).bit_length()) - len(rows))
+        texts, grids, slots, scales = zip(*rows, *filler, strict=True)
+        factor, extra = self.vq.config.factor, _TOGETHER - len(texts)
+        micro = [[width * factor, height * factor, 0.0, 0.0, AESTHETIC_SCORE] for height, width in grids]
+        made = self.transformer.condition(
+            torch.cat([text.penultimate for text in texts]),
+            F.pad(torch.cat([text.pooled for text in texts]), (0, 0, 0, extra)),
+            F.pad(torch.tensor(micro, device=self.device), (0, 0, 0, extra)),
+            self._adapters(list(zip(slots, scales, strict=True))),
+        )
+        return [
+            Context({name: _own(value, row) for name, value in made.items()}, grid, slot, scale)
+            for row, (_, grid, slot, scale) in enumerate(rows)
+        ]
 
     @torch.no_grad()
     def features(self, tokens: Tensor, contexts: Sequence[Context]) -> Tensor:
@@ -190,6 +214,11 @@ class TorchNetwork:
         slots = torch.tensor([slot for slot, _ in rows], device=self.device)
         scales = torch.tensor([scale for _, scale in rows], dtype=torch.float32, device=self.device)
         return RowAdapters(RowSlots(slots, scales), self.bank.touched(slot for slot, _ in rows if slot != BASE))
+
+
+def _own(values: Tensor, row: int) -> Tensor:
+    """One row (1, ...); a copy, for a view would keep its neighbours' memory."""
+    return values if len(values) == 1 else values[row : row + 1].clone()
 
 
 def _padded(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -166,7 +166,7 @@ class Pipeline:
 
     def _draw(self, jobs: Sequence[Job], on_step: OnStep | None, began: float) -> list[Result]:
         timings: dict[str, Any] = {"text": 0.0, "condition": 0.0}
-        plans, canvases = [job.plan for job in jobs], [job.canvases(timings) for job in jobs]
+        plans, canvases = [job.plan for job in jobs], self.jobs.canvases(jobs, timings)
         per_step: Timings = {}
         flat = [canvas for group in canvases for canvas in group]
         decode(self._buckets or self.network, flat, self._reporter(plans, canvases, on_step), per_step)

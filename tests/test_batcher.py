@@ -35,8 +35,9 @@ def submit(batcher: Batcher, demand: int = 1, pictures: int = 1, steps: int = 4,
 
 
 def prepare(batcher: Batcher) -> None:
-    while (entry := batcher.to_prepare()) is not None:
-        batcher.ready(entry, [cast(Canvas, Picture(entry.steps)) for _ in range(entry.pictures)])
+    while entries := batcher.to_prepare(3, lambda _: True):
+        for entry in entries:
+            batcher.ready(entry, [cast(Canvas, Picture(entry.steps)) for _ in range(entry.pictures)])
 
 
 def step(batcher: Batcher) -> tuple[list[Turn], list[Entry]]:
@@ -71,6 +72,26 @@ def test_a_newcomer_joins_at_the_next_step_and_a_finished_one_leaves() -> None:
     assert [turn.entry for turn in step(batcher)[0]] == [first, second]
     assert step(batcher)[1] == [first]
     assert [turn.entry for turn in step(batcher)[0]] == [second]
+
+
+def test_quick_ones_are_prepared_together_and_others_alone() -> None:
+    batcher = Batcher(8)
+    quick = [submit(batcher) for _ in range(4)]
+    slow = submit(batcher)
+    last = [submit(batcher) for _ in range(3)]
+    found = []
+    while entries := batcher.to_prepare(3, lambda entry: entry is not slow):
+        found.append(entries)
+        for entry in entries:
+            batcher.ready(entry, [cast(Canvas, Picture(entry.steps))])
+    assert found == [quick[:3], quick[3:], [slow], last]
+
+
+def test_those_being_prepared_count_as_prepared() -> None:
+    """No more are taken at once than one after the other: a pass's worth of those that come first."""
+    batcher = Batcher(2)
+    entries = [submit(batcher) for _ in range(9)]
+    assert batcher.to_prepare(8, lambda _: True) == entries[:2]
 
 
 def test_a_small_request_overtakes_the_later_pictures_of_a_large_one() -> None:

@@ -23,6 +23,23 @@ def test_least_recently_used_leaves_first() -> None:
     assert made == ["a", "b", "c", "d", "c"]
 
 
+def test_those_missing_are_made_together_each_once() -> None:
+    asked: list[list[str]] = []
+
+    def make(keys: list[str]) -> list[str]:
+        asked.append(keys)
+        return [key * 2 for key in keys]
+
+    store: Recent[str, str] = Recent(6, len)
+    assert store.get_all("aba", make) == ["aa", "bb", "aa"]
+    assert store.get_all("bcbd", make) == ["bb", "cc", "bb", "dd"]
+    assert store.get_all("dcb", make) == ["dd", "cc", "bb"]
+    assert asked == [["a", "b"], ["c", "d"]]
+    assert store.get_all("wxyz", make) == ["ww", "xx", "yy", "zz"]
+    assert store.get_all("w", make) == ["ww"]
+    assert asked[2:] == [["w", "x", "y", "z"], ["w"]]
+
+
 def test_what_is_over_the_budget_is_made_and_not_kept() -> None:
     store: Recent[str, bytes] = Recent(4, len)
     assert store.get("small", lambda: b"12") == b"12"

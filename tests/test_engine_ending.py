@@ -113,7 +113,7 @@ def test_a_crash_fails_only_the_requests_of_its_step(engine: Engine, pipe: Pipel
 
 @pytest.mark.parametrize(
     ("method", "words"),
-    [("context", "preparing the request failed"), ("pixels", "decoding the pictures failed")],
+    [("contexts", "preparing the request failed"), ("pixels", "decoding the pictures failed")],
 )
 def test_a_crash_elsewhere_fails_its_request(
     engine: Engine, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, method: str, words: str
@@ -126,6 +126,31 @@ def test_a_crash_elsewhere_fails_its_request(
         with pytest.raises(FailedError, match=f"^{words}$"):
             engine.submit(Request("a fox", style="ink")).result(SOON)
     engine.submit(Request("a fox", style="ink")).result(SOON)
+    idle(engine, pipe)
+
+
+def test_requests_prepared_together_fail_apart(
+    engine: Engine, pipe: Pipeline, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, together = pipe.network.contexts, list[int]()
+
+    def contexts(rows: Any) -> Any:
+        together.append(len(rows))
+        if any(grid == (4, 4) for _, grid, *_ in rows):
+            raise RuntimeError("a broken kernel")
+        return original(rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe.network, "contexts", contexts)
+        with engine._changed:  # all of them are there before any is prepared
+            tickets = [engine.submit(Request("an owl", "ink", seed=7, size=(size, 16))) for size in (32, 16, 48)]
+        gate.free()
+        with pytest.raises(FailedError, match=r"^preparing the request failed$"):
+            tickets[1].result(SOON)
+        found = [tickets[index].result(SOON).tokens for index in (0, 2)]
+    assert together[0] > together[1] >= 1
+    for tokens, size in zip(found, (32, 48), strict=True):
+        assert np.array_equal(tokens, draw(pipe, "an owl", style="ink", size=(size, 16)))
     idle(engine, pipe)
 
 

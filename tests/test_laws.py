@@ -131,10 +131,27 @@ def test_threads_do_not_matter(pipe: Pipeline) -> None:
 # 3. Base is base: rows without adapter are bitwise what a runtime without adapters gives.
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("count", [2, 3, 7, 11])
+def test_contexts_do_not_notice_what_is_made_beside_them(tiny_model: Path, count: int, dtype: str) -> None:
+    pipe = load(tiny_model, dtype=dtype)
+    network, slots = pipe.network, [BASE, *(pipe.adapters.bank.slot(name) for name in pipe.adapters.names)]
+    rows = [
+        (network.text(f"a fox {index}"), ((8, 8), (4, 8))[index % 2], slots[index % len(slots)], 0.5 + index % 3)
+        for index in range(count)
+    ]
+    for row, found in zip(rows, network.contexts(rows), strict=True):
+        alone = network.context(*row)
+        assert (found.grid, found.slot, found.scale) == (alone.grid, alone.slot, alone.scale)
+        assert found.conditioning.keys() == alone.conditioning.keys()
+        for name, value in alone.conditioning.items():
+            assert torch.equal(found.conditioning[name], value), name
+
+
 def features(pipe: Pipeline, *styles: str | None) -> torch.Tensor:
     """What a step computes for rows of these styles before anything is drawn, (R, N, C)."""
     network, slots = pipe.network, [BASE if style is None else pipe.adapters.bank.slot(style) for style in styles]
-    contexts = [network.context(network.text("a fox"), (8, 8), slot) for slot in slots]
+    contexts = network.contexts([(network.text("a fox"), (8, 8), slot, 1.0) for slot in slots])
     return network.features(torch.arange(64).repeat(len(slots), 1), contexts)
 
 

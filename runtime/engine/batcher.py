@@ -16,7 +16,7 @@ comes before them is prepared too.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,21 +94,29 @@ class Batcher:
             entry.tag = self._tag(self._now, entry, entry.steps)
         self._push(self._waiting, entry.tag, entry)
 
-    def to_prepare(self) -> Entry | None:
-        """The request to prepare next, taken out; None if there is none or enough is prepared."""
-        if not self._waiting:
-            return None
-        first, demand = self._waiting[0].tag, self._waiting[0].item.demand
+    def to_prepare(self, most: int, quick: Callable[[Entry], bool]) -> list[Entry]:
+        """The requests to prepare next, taken out, up to so many; none if there are none or enough is prepared.
+
+        Those that are not quick come one at a time, for nobody shall wait for another's file.
+        """
+        taken: list[Entry] = []
         fresh = {
             id(place.item.entry): (place.tag, place.item.entry.demand)
             for place in self._ready
             if not place.item.entry.begun
         }
-        before = sum(taken for tag, taken in fresh.values() if tag <= first)
-        if before >= self.capacity or sum(taken for _, taken in fresh.values()) + demand > AHEAD * self.capacity:
-            return None
-        entry: Entry = heapq.heappop(self._waiting).item
-        return entry
+        while self._waiting and len(taken) < most:
+            first, entry = self._waiting[0].tag, self._waiting[0].item
+            before = sum(demand for tag, demand in fresh.values() if tag <= first)
+            everything = sum(demand for _, demand in fresh.values())
+            if before >= self.capacity or everything + entry.demand > AHEAD * self.capacity:
+                break
+            if taken and not (quick(taken[0]) and quick(entry)):
+                break
+            heapq.heappop(self._waiting)
+            taken.append(entry)
+            fresh[id(entry)] = (first, entry.demand)
+        return taken
 
     def ready(self, entry: Entry, canvases: Iterable[Canvas]) -> list[Turn]:
         """A prepared request: each of its pictures has a turn."""

@@ -37,6 +37,8 @@ from .work import Stats, Work
 PRIORITIES = range(-4, 5)
 MAX_ROWS = 32
 """Rows of a forward pass, unless a memory budget says how many there is room for."""
+TOGETHER = 8
+"""Requests whose text and conditioning are made together, at most: more are no faster, and the first waits for all."""
 _RETRY_SECONDS = 0.05
 
 
@@ -239,39 +241,59 @@ class Engine:
     def _prepare(self) -> None:
         while True:
             with self._changed:
-                entry = None
-                while not self._stopped and (entry := self._batcher.to_prepare()) is None:
-                    self._changed.wait()
-                if self._stopped or entry is None:
+                entries: list[Entry] = []
+                while not (self._stopped or entries):
+                    entries = self._batcher.to_prepare(TOGETHER, lambda entry: entry.owner.job.resident)
+                    if not entries:
+                        self._changed.wait()
+                if self._stopped:
                     return
-                work: Work = entry.owner
-                work.held = True
-            canvases = self._prepared(work)
+                works: list[Work] = [entry.owner for entry in entries]
+                for work in works:
+                    work.held = True
+            canvases = self._conditioned([work for work in works if self._acquired(work)])
             with self._changed:
-                work.held = False
-                if entry.ended:
-                    self._done.append(work)
-                elif canvases is None:
-                    self._batcher.wait(entry)
+                for work in works:
+                    work.held = False
+                    if work.entry.ended:
+                        self._done.append(work)
+                    elif work in canvases:
+                        work.timings["queue"] = self._clock() - work.accepted
+                        work.turns = self._batcher.ready(work.entry, canvases[work])
+                    else:
+                        self._batcher.wait(work.entry)
+                self._changed.notify_all()
+                if len(canvases) < len(works):
                     # Requests outside of the engine use slots too, and they don't notify.
                     self._changed.wait(_RETRY_SECONDS)
-                else:
-                    work.timings["queue"] = self._clock() - work.accepted
-                    work.turns = self._batcher.ready(entry, canvases)
-                self._changed.notify_all()
 
-    def _prepared(self, work: Work) -> list[Canvas] | None:
-        """The request's canvases; None where requests use all slots, and where it failed and has ended."""
+    def _acquired(self, work: Work) -> bool:
+        """Whether its styles have slots; not where requests use all of them, and not where it failed and has ended."""
         try:
             work.job.acquire()
-            return work.job.canvases(work.timings)
+            return True
         except SlotsInUse:
             pass
         except StylemuseError as error:
             self._give_up(work.ticket, "failed", error)
         except Exception as error:
             self._give_up(work.ticket, "failed", _failed("preparing the request failed", error))
-        return None
+        return False
+
+    def _conditioned(self, works: list[Work]) -> dict[Work, list[Canvas]]:
+        """The canvases of those that did not fail; who failed has ended."""
+        timings = {"text": 0.0, "condition": 0.0}
+        try:
+            made = self.pipe.jobs.canvases([work.job for work in works], timings)
+        except Exception as error:
+            if len(works) == 1:
+                self._give_up(works[0].ticket, "failed", _failed("preparing the request failed", error))
+                return {}
+            # Each again on its own: nobody fails for another.
+            return {work: own for each in works for work, own in self._conditioned([each]).items()}
+        for work in works:
+            work.timings |= timings
+        return dict(zip(works, made, strict=True))
 
     def _step(self) -> None:
         while True:
