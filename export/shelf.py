@@ -58,6 +58,10 @@ class Shelf:
     def unpin(self, version: StyleFile) -> None:
         """Nothing: a style stays what it is."""
 
+    def is_resident(self, version: StyleFile) -> bool:
+        """True: every style has a slot."""
+        return True
+
     def acquire(self, version: StyleFile) -> int:
         """Its slot."""
         return self.slot(version.name)

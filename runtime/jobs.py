@@ -123,8 +123,8 @@ class Job:
 
     @property
     def resident(self) -> bool:
-        """Whether `acquire` has nothing to read, as far as can be told before."""
-        return all(self._versions[name].resident is not None for name in self.plan.styles)
+        """Whether `acquire` would have nothing to read now, as far as can be told before."""
+        return all(self._jobs.adapters.is_resident(self._versions[name]) for name in self.plan.styles)
 
     def conditions(self) -> list[Conditions]:
         """Of each branch."""

@@ -167,6 +167,10 @@ class Library:
         if free:
             self._free(version)
 
+    def is_resident(self, version: Version) -> bool:
+        """Whether `acquire` would have nothing to read now, as far as can be told before."""
+        return version.resident is not None
+
     def acquire(self, version: Version) -> int:
         """A pinned version's slot, kept for the caller until `release`; read into one if it has none.
 
