@@ -167,7 +167,7 @@ class TorchNetwork:
         return self.transformer.features(rows[given.order], given.conditioning, given.adapters)[given.back]
 
     def _stack(self, contexts: tuple[Context, ...]) -> _Stacked:
-        """Rows of one slot beside each other: what a style adds is then one product for all of them."""
+        """Rows by slot, the base's first: what styles of one rank add is then few products, and few shapes of them."""
         order = sorted(range(len(contexts)), key=lambda row: contexts[row].slot)
         rows = [contexts[row] for row in order]
         conditioning = {name: torch.cat([row.conditioning[name] for row in rows]) for name in rows[0].conditioning}

@@ -253,6 +253,7 @@ class Engine:
                     work.held = True
             canvases = self._conditioned([work for work in works if self._acquired(work)])
             with self._changed:
+                slotless = False
                 for work in works:
                     work.held = False
                     if work.entry.ended:
@@ -262,8 +263,9 @@ class Engine:
                         work.turns = self._batcher.ready(work.entry, canvases[work])
                     else:
                         self._batcher.wait(work.entry)
+                        slotless = True
                 self._changed.notify_all()
-                if len(canvases) < len(works):
+                if slotless:
                     # Requests outside of the engine use slots too, and they don't notify.
                     self._changed.wait(_RETRY_SECONDS)
 
