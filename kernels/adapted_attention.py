@@ -5,11 +5,10 @@
     y = y + scale gelu(y Wd) Wu                 where the row's adapter has a bottleneck here
 
 n is the norm with its modulation, P(x) = x W^T + b + scale (x A) B a projection with the pair of the row's slot. Each
-stage is an operation of its own, callable alone: `linear` or `quantized_linear`, `attention`, `bottleneck`; the queries
-of cached keys are projected where they are used, in `query_attention`. That is three launches, or two, and one more
-with a bottleneck; a quantized projection takes one more, and makes its queries apart. The projection back needs all
-heads of a token, an attention among tokens all tokens of a head, so no more of it can share a tile. Source: StyleDrop,
-arXiv 2306.00983, figure 2.
+stage is an operation of its own, callable alone: `linear` or `quantized_linear`, `attention`, `bottleneck`. That is
+four launches, the norm's being one, and one more with a bottleneck. The projection back needs all heads of a token, an
+attention among tokens all tokens of a head, so no more of it can share a tile. Source: StyleDrop, arXiv 2306.00983,
+figure 2.
 """
 
 from __future__ import annotations
@@ -21,8 +20,6 @@ from .bottleneck import bottleneck
 from .dispatch import REFERENCE, Kernels
 from .norm import Norm
 from .projection import Projection
-from .quantization import Quantized
-from .query_attention import query_attention
 from .rows import Bottleneck, RowSlots
 
 
@@ -58,12 +55,8 @@ def cross_attention(
 ) -> Tensor:
     """Attention to cached keys and values (R, 2, H, L, d), of which ``lengths`` (R,) are no padding."""
     k, v = keys_values.unbind(1)
-    if isinstance(q.weight, Quantized):
-        query = q(x, rows, norm=norm, kernels=kernels).unflatten(2, (k.shape[1], -1)).transpose(1, 2)
-        attended = attention(query, k, v, lengths, kernels=kernels)
-    else:
-        attended = query_attention(x, q.weight, k, v, q.bias, q.adapter, rows, lengths, norm=norm, kernels=kernels)
-    return _returned(attended, x, out, rows, neck, kernels)
+    query = q(x, rows, norm=norm, kernels=kernels).unflatten(2, (k.shape[1], -1)).transpose(1, 2)
+    return _returned(attention(query, k, v, lengths, kernels=kernels), x, out, rows, neck, kernels)
 
 
 def keys_values(

@@ -38,11 +38,8 @@ __all__ = [
     "triton_kernels",
 ]
 
-OPERATIONS = (
-    "linear", "quantized_linear", "attention", "query_attention", "bottleneck", "norm", "norm_in_linear",
-    "response_norm", "depthwise_norm",
-)  # fmt: skip
-"""The operations of a network that have a Triton kernel; "norm_in_linear" is the norm taken along by a projection."""
+OPERATIONS = ("linear", "quantized_linear", "attention", "bottleneck", "norm", "response_norm", "depthwise_norm")
+"""The operations of a network that have a Triton kernel."""
 
 STEP = "decoding_step"
 """What follows the network in a step, where the loop runs on fixed buffers; it has Triton kernels too."""
@@ -71,8 +68,9 @@ INTERPRETED = bool(triton is not None and triton.knobs.runtime.interpret)
 """Whether kernels were made for Triton's interpreter: decided by TRITON_INTERPRET when this file is loaded."""
 
 
-UNSPECIALIZED = ("tokens", "keys")
-"""Arguments that Triton compiles no special cases for: what is masked changes from step to step, texts in length."""
+UNSPECIALIZED = ("tokens", "keys", "count", "total")
+"""Arguments that Triton compiles no special cases for: what is masked changes from step to step, texts in length, and
+rows from batch to batch."""
 
 
 def jit(function: Callable[..., Any]) -> Any:

@@ -1,8 +1,7 @@
-"""What comes along with a projection, for every kernel that has one: its tile, the pair's B, and what follows.
+"""What comes along with a product, on a tile that is still in registers, fp32: the pair's B, and what follows.
 
 In order: + scaled B where the row has an adapter, + bias, the activation, + residual, times gain plus shift. `followed`
-is the definition of what comes after the bias, in plain torch; `raised` and `finished` are the device's, on a tile
-that is still in registers, fp32.
+is the definition of what comes after the bias, in plain torch; `raised` and `finished` are the device's.
 """
 
 from __future__ import annotations
@@ -28,68 +27,55 @@ def followed(y: Tensor, activation: str, residual: Tensor | None, modulation: Te
 
 
 @jit
-def place(tokens: tl.tensor, outputs: tl.tensor, BLOCK_TOKENS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr) -> tl.tuple:
-    """The program's row and part, its tokens of the row and its columns of the part, of which there are `outputs`."""
-    row_tiles = tl.cdiv(tokens, BLOCK_TOKENS)
-    part_tiles = tl.cdiv(outputs, BLOCK_OUTPUTS)
-    row = (tl.program_id(0) // row_tiles).to(tl.int64)
-    part = tl.program_id(1) // part_tiles
-    token = (tl.program_id(0) % row_tiles) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    column = (tl.program_id(1) % part_tiles) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
-    return row, part, token, column
-
-
-@jit
 def raised(
     value: tl.tensor,
-    scaled: tl.tensor,
+    lowered: tl.tensor,
     up: tl.tensor,
-    up_lane: tl.tensor,
+    lane: tl.tensor,
     lane_inside: tl.tensor,
     column_inside: tl.tensor,
+    width: tl.tensor,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """value + scaled B: scaled (tokens, lanes) is scale x A in B's number format, up points to the tile's outputs."""
-    lanes = tl.arange(0, scaled.shape[1])
-    tile = tl.load(up[None, :] + lanes[:, None] * up_lane, lane_inside[:, None] & column_inside[None, :], 0.0)
-    return multiply(scaled, tile, value, PRECISION)
+    """value + lowered B: lowered (tokens, lanes), up points to the tile's outputs in B (rank, width)."""
+    tile = tl.load(up[None, :] + lane[:, None] * width, lane_inside[:, None] & column_inside[None, :], 0.0)
+    return multiply(lowered, tile, value, PRECISION)
 
 
 @jit
 def finished(
     value: tl.tensor,
     gate: tl.tensor,
-    around: tl.tuple,
-    strides: tl.tuple,
+    bias: tl.tensor,
+    residual: tl.tensor,
+    modulation: tl.tensor,
+    modulation_row: tl.tensor,
     row: tl.tensor,
-    token: tl.tensor,
+    at: tl.tensor,
     output: tl.tensor,
     outputs: tl.tensor,
     token_inside: tl.tensor,
     column_inside: tl.tensor,
+    PARTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ) -> tl.tensor:
-    """The tile with all that follows.
-
-    around: pointers to the bias, the residual and the modulation, or None. strides: those of the residual's row, token
-    and output, and of the modulation's row, side and output. `outputs` lie between the bias of a value and its gate's.
-    """
-    bias, residual, modulation = around
-    residual_row, residual_token, residual_output, modulation_row, modulation_side, modulation_output = strides
+    """The tile with all that follows; ``at``: its tokens among all, ``output``: its outputs among all PARTS' outputs."""
     GATED: tl.constexpr = ACTIVATION == "geglu"
     if bias is not None:
         value += tl.load(bias + output, column_inside, 0.0).to(tl.float32)[None, :]
-        gate += tl.load(bias + outputs + output, column_inside & GATED, 0.0).to(tl.float32)[None, :]
+        if GATED:
+            gate += tl.load(bias + outputs + output, column_inside, 0.0).to(tl.float32)[None, :]
     if ACTIVATION == "gelu":
         value = gelu(value)
     if GATED:
         value = value * gelu(gate)
+    width = PARTS * outputs
     if residual is not None:
-        at = residual + row * residual_row + token[:, None] * residual_token + output[None, :] * residual_output
-        value += tl.load(at, token_inside[:, None] & column_inside[None, :], 0.0).to(tl.float32)
+        residual_at = residual + at[:, None] * width + output[None, :]
+        value += tl.load(residual_at, token_inside[:, None] & column_inside[None, :], 0.0).to(tl.float32)
     if modulation is not None:
-        factor_at = modulation + row * modulation_row + output * modulation_output
+        factor_at = modulation + row * modulation_row + output
         factor = tl.load(factor_at, column_inside, 0.0).to(tl.float32)
-        addend = tl.load(factor_at + modulation_side, column_inside, 0.0).to(tl.float32)
+        addend = tl.load(factor_at + width, column_inside, 0.0).to(tl.float32)
         value = value * factor[None, :] + addend[None, :]
     return value

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .dispatch import REFERENCE, Kernels
-from .linear import Activation, linear
+from .linear import linear
 from .norm import Norm
+from .product import Activation
 from .quantization import Quantized
 from .quantized_linear import quantized_linear
 from .rows import LowRank, RowSlots

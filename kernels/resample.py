@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import REFERENCE, Kernels
+from .inputs import norm as normed
 from .linear import linear
 from .norm import Norm
 
@@ -22,7 +23,7 @@ def halve(
     x: Tensor, grid: tuple[int, int], kernel: Tensor, norm: Norm | None = None, *, kernels: Kernels = REFERENCE
 ) -> Tensor:
     """A quarter of the tokens; both sides of the grid are even."""
-    x = x if norm is None else norm.apply(x, kernels)
+    x = x if norm is None else normed(x, norm, kernels=kernels)
     planes = x.unflatten(1, grid)
     if "linear" not in kernels.triton:
         return F.conv2d(planes.permute(0, 3, 1, 2), kernel, stride=2).permute(0, 2, 3, 1).flatten(1, 2)
@@ -35,7 +36,7 @@ def double(
 ) -> Tensor:
     """Four times the tokens."""
     if "linear" not in kernels.triton:
-        x = x if norm is None else norm.apply(x, kernels)
+        x = x if norm is None else normed(x, norm, kernels=kernels)
         planes = x.unflatten(1, grid).permute(0, 3, 1, 2)
         return F.conv_transpose2d(planes, kernel, stride=2).permute(0, 2, 3, 1).flatten(1, 2)
     patches = linear(x, kernel.flatten(1).T, norm=norm, kernels=kernels).unflatten(2, (-1, 2, 2)).unflatten(1, grid)

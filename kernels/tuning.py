@@ -43,10 +43,7 @@ FAMILIES = ("sm_80", "sm_90", "sm_100", "gfx942")
 INTERPRETER = "interpreter"
 """The family of a CPU, where kernels only run interpreted."""
 
-MODULES = (
-    "linear", "quantization", "quantized_linear", "bottleneck", "attention", "query_attention", "norm", "response_norm",
-    "depthwise", "decoding_step",
-)  # fmt: skip
+MODULES = ("inputs", "product", "bottleneck", "attention", "response_norm", "depthwise", "decoding_step")
 """The files with kernels."""
 
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -83,18 +80,50 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Described:
+    """A matrix (rows, columns), contiguous, as a kernel's argument from which whole tiles are loaded.
+
+    On NVIDIA's chips from Hopper on a load is then one instruction of the tensor memory accelerator.
+
+    Attributes:
+        tensor: rows must start at multiples of 16 bytes.
+        tile: the names of the tile's two sizes.
+    """
+
+    tensor: Tensor
+    tile: tuple[str, str]
+
+    def shape(self, tiles: Mapping[str, int]) -> list[int]:
+        """Of a launch's tile."""
+        return [tiles[name] for name in self.tile]
+
+    def given(self, tiles: Mapping[str, int]) -> Any:
+        """As Triton takes it."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor(
+            self.tensor, list(self.tensor.shape), list(self.tensor.stride()), self.shape(tiles)
+        )
+
+
+def describable(tensor: Tensor) -> bool:
+    """Whether a contiguous matrix can be `Described`."""
+    return tensor.shape[1] * tensor.itemsize % 16 == 0 and tensor.data_ptr() % 16 == 0
+
+
+@dataclass(frozen=True)
 class Call:
     """A kernel with its arguments.
 
     Attributes:
         kernel: the jitted function.
-        arguments: tensors, numbers, or None for what is absent, by name.
+        arguments: tensors, described matrices, numbers, or None for what is absent, by name.
         constants: what selects the kernel's code, by name; tiles come from the launch.
         grid: the tiles -> how many programs along each axis.
     """
 
     kernel: Any
-    arguments: Mapping[str, Tensor | int | float | None]
+    arguments: Mapping[str, Tensor | Described | int | float | None]
     constants: Mapping[str, Any]
     grid: Callable[[Mapping[str, int]], tuple[int, ...]]
 
@@ -104,8 +133,12 @@ class Call:
             calls.append(self)
             return
         device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
+        arguments = {
+            name: value.given(launch.tiles) if isinstance(value, Described) else value
+            for name, value in self.arguments.items()
+        }
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            self.kernel[self.grid(launch.tiles)](**self.arguments, **self.constants, **launch.tiles, **launch.options)
+            self.kernel[self.grid(launch.tiles)](**arguments, **self.constants, **launch.tiles, **launch.options)
 
     def signature(self, launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
         """What Triton would specialize this launch on: types by argument, constants, and which numbers are aligned.
@@ -121,6 +154,8 @@ class Call:
             special = name not in UNSPECIALIZED
             if name in constants or value is None or (special and isinstance(value, int) and value == 1):
                 types[name], constants[name] = "constexpr", value
+            elif isinstance(value, Described):
+                types[name] = f"tensordesc<{_TYPES[value.tensor.dtype]}{value.shape(launch.tiles)}>"
             elif isinstance(value, Tensor):
                 types[name], aligned[(index,)] = f"*{_TYPES[value.dtype]}", [["tt.divisibility", 16]]
             elif isinstance(value, float):
@@ -210,7 +245,9 @@ def noted() -> Iterator[list[Call]]:
 _NOTED: ContextVar[list[Call] | None] = ContextVar("noted", default=None)
 
 
-def pick(operation: str, problem: str, device: torch.device, choices: tuple[Launch, ...]) -> Launch:
+def pick(
+    operation: str, problem: str, device: torch.device, choices: tuple[Launch, ...], tokens: int | None = None
+) -> Launch:
     """The launch for a problem on a device: the measured one where there is one, else the first of the choices."""
     tried = _TRIAL.get()
     if tried is not None:

@@ -21,24 +21,15 @@ from interpreter import DEVICE
 from test_triton_linear import low_rank, random, rows
 from torch import Tensor
 
-from stylemuse.kernels import quantized_linear as module
+from stylemuse.kernels import linear as module
 from stylemuse.kernels.dispatch import REFERENCE
 from stylemuse.kernels.linear import linear
 from stylemuse.kernels.norm import Kind, Norm
-from stylemuse.kernels.quantization import (
-    FORMATS,
-    LARGEST,
-    Activations,
-    Quantized,
-    choices,
-    empty_activations,
-    obstacle,
-    quantize_call,
-    quantize_reference,
-)
+from stylemuse.kernels.inputs import Inputs, inputs
+from stylemuse.kernels.inputs import norm as normed
+from stylemuse.kernels.quantization import FORMATS, LARGEST, Quantized, obstacle, quantize_reference
 from stylemuse.kernels.quantized_linear import product_reference, quantized_linear
 from stylemuse.kernels.rows import LowRank, RowSlots
-from stylemuse.kernels.tuning import family
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 NUMBERS = [number for name, number in FORMATS.items() if obstacle(name, DEVICE) is None]
@@ -55,11 +46,15 @@ def quantize(
     adapter: LowRank | None = None,
     given_rows: RowSlots | None = None,
     norm: Norm | None = None,
-) -> Activations:
+) -> Inputs:
     """The first launch alone."""
-    made, architecture = empty_activations(x, number, adapter), family(x.device)
-    quantize_call(x, adapter, given_rows, norm, made, architecture).run(choices(architecture, x.dtype)[0])
-    return made
+    return inputs(x.contiguous(), norm, adapter, given_rows, number)
+
+
+def numbers(made: Inputs) -> Quantized:
+    """Values and their scales."""
+    assert made.scales is not None
+    return Quantized(made.values, made.scales)
 
 
 def exact(
@@ -148,11 +143,11 @@ def test_activations_are_the_definitions_to_the_bit(number: torch.dtype, dtype: 
     """Sizes of no tile, views, zeros, tiny and large numbers."""
     x = random(45, 3, 77, dtype=dtype).permute(1, 2, 0)
     x[0, 3], x[1, 4], x[2, :, 1:] = 0.0, x[1, 4] * 1e-4, x[2, :, 1:] * 1e-3
-    found, expected = quantize(x, number).small, quantize_reference(x, number)
+    found, expected = numbers(quantize(x, number)), quantize_reference(x, number)
     assert torch.equal(found.values.view(torch.uint8), expected.values.view(torch.uint8))
     assert torch.equal(found.scales, expected.scales)
     every = torch.arange(-448, 449, 0.25, device=DEVICE).view(1, 1, -1).to(dtype)
-    assert torch.equal(quantize(every, number).small.wide(), quantize_reference(every, number).wide())
+    assert torch.equal(numbers(quantize(every, number)).wide(), quantize_reference(every, number).wide())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -215,8 +210,8 @@ def test_a_norm_that_comes_along(kind: Kind, dtype: torch.dtype) -> None:
     adapter = low_rank(inputs, outputs, dtype=dtype)
     for modulation in (None, random(3, inputs, 2, seed=4, dtype=dtype).transpose(1, 2)):
         norm = Norm(random(2 * inputs, seed=5, dtype=dtype)[::2], 1e-6, kind, modulation)
-        before = norm.apply(x, TRITON)
-        made, expected = quantize(x, torch.int8, norm=norm).small, quantize_reference(before, torch.int8)
+        before = normed(x, norm, kernels=TRITON)
+        made, expected = numbers(quantize(x, torch.int8, norm=norm)), quantize_reference(before, torch.int8)
         assert (made.values.int() - expected.values.int()).abs().max() <= (1 if dtype == torch.float32 else 2)
         found = quantized_linear(x, weight, None, adapter, slots, norm=norm, kernels=TRITON)
         apart = quantized_linear(before, weight, None, adapter, slots, kernels=TRITON)
@@ -278,4 +273,4 @@ def test_one_op_for_the_compilers() -> None:
     """The operator's fake has the kernel's shape, format and device."""
     x, weight = random(2, 7, 45), weights(70, 45, torch.int8)
     arguments = (x, weight.values, weight.scales, None, None, None, *(None,) * 7, 0.0, "none", "geglu")
-    torch.library.opcheck(module._quantized_linear, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(module._projection, arguments, test_utils=("test_schema", "test_faketensor"))

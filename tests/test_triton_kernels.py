@@ -18,7 +18,8 @@ from stylemuse.kernels import adapted_attention
 from stylemuse.kernels.attention import attention
 from stylemuse.kernels.bottleneck import bottleneck
 from stylemuse.kernels.depthwise import depthwise_norm
-from stylemuse.kernels.norm import Kind, Norm, norm
+from stylemuse.kernels.inputs import norm
+from stylemuse.kernels.norm import Kind, Norm
 from stylemuse.kernels.projection import Projection
 from stylemuse.kernels.resample import double, halve
 from stylemuse.kernels.response_norm import response_norm
@@ -136,16 +137,16 @@ def test_attention_of_any_sizes(tokens: int, keys: int, size: int, heads: int) -
 def test_norm(kind: Kind, tokens: int, dtype: torch.dtype) -> None:
     x, weight = random(2, tokens, 70, dtype=dtype) + 3, random(70, seed=1, dtype=dtype)
     for modulation in (None, random(2, 70, 2, seed=2, dtype=dtype).transpose(1, 2)):
-        y = norm(x, weight, 1e-6, kind, modulation, kernels=TRITON)
+        y = norm(x, Norm(weight, 1e-6, kind, modulation), kernels=TRITON)
         scale_shift = None if modulation is None else modulation.double()
-        assert_close(y, norm(x.double(), weight.double(), 1e-6, kind, scale_shift), depth=70, roundings=1)
+        assert_close(y, norm(x.double(), Norm(weight.double(), 1e-6, kind, scale_shift)), depth=70, roundings=1)
 
 
 def test_norm_of_views_and_of_rows_alone() -> None:
     x, weight, modulation = random(70, 3, 9).permute(1, 2, 0), random(140, seed=1)[::2], random(3, 2, 70, seed=2)
-    y = norm(x, weight, 1e-6, "layer", modulation, kernels=TRITON)
-    assert_close(y, norm(x.double(), weight.double(), 1e-6, "layer", modulation.double()), depth=70)
-    assert_rows_are_alone(lambda part: norm(x[part], weight, 1e-6, "rms", modulation[part], kernels=TRITON), 3)
+    y = norm(x, Norm(weight, 1e-6, "layer", modulation), kernels=TRITON)
+    assert_close(y, norm(x.double(), Norm(weight.double(), 1e-6, "layer", modulation.double())), depth=70)
+    assert_rows_are_alone(lambda part: norm(x[part], Norm(weight, 1e-6, "rms", modulation[part]), kernels=TRITON), 3)
 
 
 @formats

@@ -17,8 +17,10 @@ from ..kernels.adapted_attention import cross_attention, keys_values, self_atten
 from ..kernels.bottleneck import bottleneck
 from ..kernels.depthwise import depthwise_norm
 from ..kernels.dispatch import REFERENCE, Kernels
-from ..kernels.linear import Activation, linear
+from ..kernels.inputs import norm
+from ..kernels.linear import linear
 from ..kernels.norm import Kind, Norm
+from ..kernels.product import Activation
 from ..kernels.projection import Projection
 from ..kernels.quantization import Quantized, quantize_reference
 from ..kernels.response_norm import response_norm
@@ -108,7 +110,7 @@ class RMSNorm(Block):
         return Norm(self.weight, self.epsilon, self.kind, modulation)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.own().apply(x, self.kernels)
+        return norm(x, self.own(), kernels=self.kernels)
 
 
 class LayerNorm(RMSNorm):
