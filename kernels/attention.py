@@ -20,9 +20,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .device import multiply
+from .device import follow, multiply
 from .dispatch import REFERENCE, Kernels, constant, forward_only, jit, operator, tl
-from .tuning import INTERPRETER, Call, Launch, Specimen, ceil_div, family, named_strides, pick, power_of_two, precision
+from .tuning import (
+    INTERPRETER,
+    Call,
+    Launch,
+    Specimen,
+    ceil_div,
+    dependent,
+    family,
+    named_strides,
+    pick,
+    power_of_two,
+    precision,
+)
 
 LOG2_E = math.log2(math.e)
 """From exp to exp2."""
@@ -130,11 +142,13 @@ def _attention_kernel(
     y_token: tl.tensor,
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ) -> None:
     """A tile of the queries of one row and head; `scale` has the factor from exp to exp2 in it."""
+    follow(DEPENDENT)
     row = (tl.program_id(1) // heads).to(tl.int64)
     head = tl.program_id(1) % heads
     token = tl.program_id(0) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
@@ -176,7 +190,10 @@ def _call(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, y: Tensor, ar
     def grid(tiles: Mapping[str, int]) -> tuple[int, ...]:
         return ceil_div(tokens, tiles["BLOCK_QUERIES"]), rows * heads
 
-    constants = {"SIZE": size, "PADDED": power_of_two(size), "PRECISION": precision(architecture)}
+    constants = {
+        "SIZE": size, "PADDED": power_of_two(size), "DEPENDENT": dependent(architecture),
+        "PRECISION": precision(architecture),
+    }  # fmt: skip
     return Call(_attention_kernel, arguments, constants, grid)
 
 

@@ -1,4 +1,10 @@
-"""Device functions the kernels share."""
+"""Device functions the kernels share.
+
+Dependent launches: a step is hundreds of short kernels, each of which must see what the one before wrote. On NVIDIA's
+chips from Hopper on, a kernel may be put on the chip while the one before still runs, and wait there (CUDA programming
+guide, programmatic dependent launch). `follow` is the first thing in every kernel that is launched so
+(`tuning.dependent`); before it nothing may be read but weights, and nothing written.
+"""
 
 from __future__ import annotations
 
@@ -27,3 +33,19 @@ def multiply(a: tl.tensor, b: tl.tensor, accumulator: tl.tensor, PRECISION: tl.c
 def gelu(x: tl.tensor) -> tl.tensor:
     """x Phi(x), the exact form, of fp32 numbers."""
     return 0.5 * x * (1.0 + tl.erf(x * _ROOT_HALF))
+
+
+@jit
+def follow(DEPENDENT: tl.constexpr) -> None:
+    """Lets the next kernel come, and waits until all before have ended and what they wrote is there."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@jit
+def prefetch(at: tl.tensor) -> None:
+    """Asks for the lines of 128 bytes at these pointers to be brought into the L2 cache; NVIDIA only."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )

@@ -4,8 +4,8 @@
              quantized: Q (R, N, in) in 8 bits with a scale s (R, N) for each token, n(x) ~ s Q (`quantization`)
     hidden   scale n(x) A[p] (R, N, P, lanes), A being the slot's of each row, up to the slot's own rank
 
-Rows without an adapter have no hidden: nothing is computed or written for them; lanes from a slot's rank on are not
-read by anybody. `linear` adds hidden B. The parts, q, k and v, are shrunk from one x.
+Rows without an adapter have no hidden: nothing is computed or written for them, nor lanes beyond the next multiple of
+16 from the slot's rank on; those up to there are zeros. `product` adds hidden B. The parts, q, k and v, are shrunk from one x.
 
 The kernel has two kinds of programs, so that a row's values do not depend on who else is in the batch. Some hold a few
 whole tokens each: x is read once, and its norm written once, with one rounding. Others, one for 16 tokens and a part
@@ -22,12 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .device import multiply
+from .device import follow, multiply
 from .dispatch import REFERENCE, Kernels, constant, forward_only, jit, operator, tl
 from .norm import Kind, Norm, norm_reference, normed, scaled, statistics
 from .quantization import FORMATS, LARGEST, SMALLEST, Quantized, formats, rounded
 from .rows import LowRank, RowSlots
-from .tuning import INTERPRETER, Call, Launch, Specimen, ceil_div, family, pick, power_of_two, precision
+from .tuning import INTERPRETER, Call, Launch, Specimen, ceil_div, dependent, family, pick, power_of_two, precision
 
 LANES = constant(16)
 """A rank is worked off in so many lanes at a time, the fewest of the matrix units; so many tokens are shrunk at once."""
@@ -144,11 +144,13 @@ def _inputs_kernel(
     RANK: tl.constexpr,
     PARTS: tl.constexpr,
     MOST: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ) -> None:
     """Some tokens of one row: where values are WRITTEN the first programs do that, then come a part's hidden each."""
+    follow(DEPENDENT)
     MODULATED: tl.constexpr = norm_modulation is not None
     program, writers = tl.program_id(0), 0
     if WRITTEN:
@@ -221,7 +223,7 @@ def inputs_call(
     constants = {
         "WRITTEN": written, "NORM": "none" if norm is None else norm.kind, "CHANNELS": channels, "PADDED": power_of_two(channels),
         "RANK": rank, "PARTS": parts, "MOST": 0.0 if into.scales is None else LARGEST[into.values.dtype],
-        "PRECISION": precision(architecture),
+        "DEPENDENT": dependent(architecture), "PRECISION": precision(architecture),
     }  # fmt: skip
 
     def grid(tiles: Mapping[str, int]) -> tuple[int, ...]:

@@ -29,15 +29,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .device import multiply
-from .dispatch import jit, tl
+from .device import follow, multiply, prefetch
+from .dispatch import constant, jit, tl
 from .epilogue import finished, raised
 from .inputs import LANES, Inputs, beside
 from .quantization import FORMATS, Quantized, formats
 from .rows import LowRank, RowSlots
-from .tuning import INTERPRETER, Call, Described, Launch, Specimen, ceil_div, describable, precision
+from .tuning import INTERPRETER, Call, Described, Launch, Specimen, ceil_div, dependent, describable, precision
 
 Activation = Literal["none", "gelu", "geglu"]
+
+_AHEAD = constant(8)
+"""Lines of 128 bytes of each output's weights that are brought near while the kernel before still runs."""
 
 
 def choices(
@@ -113,6 +116,7 @@ def _product_kernel(
     x: tl.tensor,
     x_scales: tl.tensor,
     weight: tl.tensor,
+    weight_at: tl.tensor,
     weight_scales: tl.tensor,
     bias: tl.tensor,
     hidden: tl.tensor,
@@ -132,6 +136,7 @@ def _product_kernel(
     INPUTS: tl.constexpr,
     INTEGER: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
@@ -147,6 +152,17 @@ def _product_kernel(
     token, column = first_token + tl.arange(0, BLOCK_TOKENS), first_column + tl.arange(0, BLOCK_OUTPUTS)
     token_inside, column_inside = token < tokens, column < outputs
     at, output = row * tokens + token, part * outputs + column
+    if DEPENDENT:
+        # The weights are nobody's output.
+        BYTES: tl.constexpr = weight_at.dtype.element_ty.primitive_bitwidth // 8
+        LINES: tl.constexpr = min(_AHEAD, INPUTS * BYTES // 128)
+        if LINES == _AHEAD:
+            line = tl.arange(0, _AHEAD) * (128 // BYTES)
+            near = tl.minimum(output, PARTS * outputs - 1)
+            prefetch(weight_at + near[:, None] * INPUTS + line[None, :])
+            if GATED:
+                prefetch(weight_at + (outputs + near)[:, None] * INPUTS + line[None, :])
+    follow(DEPENDENT)
 
     value = tl.zeros((BLOCK_TOKENS, BLOCK_OUTPUTS), tl.int32 if INTEGER else tl.float32)
     gate = value
@@ -173,7 +189,8 @@ def _product_kernel(
         for first in tl.range(0, rank, LANES, num_stages=1):
             lane = first + tl.arange(0, LANES)
             lane_inside = lane < rank
-            lowered = tl.load(hidden_at[:, None] + lane[None, :], token_inside[:, None] & lane_inside[None, :], 0.0)
+            # Lanes from the rank on are zeros there: a mask by lane would make them scalar loads.
+            lowered = tl.load(hidden_at[:, None] + lane[None, :], token_inside[:, None], 0.0)
             value = raised(value, lowered, up_at, lane, lane_inside, column_inside, width, PRECISION)
             if GATED:
                 gate = raised(gate, lowered, up_at + outputs, lane, lane_inside, column_inside, width, PRECISION)
@@ -223,7 +240,7 @@ def product_call(
     tensors = {
         "x": Described(flat, ("BLOCK_TOKENS", "BLOCK_INPUTS")) if described else flat, "x_scales": given.scales,
         "weight": Described(matrix, ("BLOCK_OUTPUTS", "BLOCK_INPUTS")) if described else matrix,
-        "weight_scales": scales, "bias": bias, "hidden": given.hidden, "up": up, "ranks": ranks, "slots": slots,
+        "weight_at": matrix, "weight_scales": scales, "bias": bias, "hidden": given.hidden, "up": up, "ranks": ranks, "slots": slots,
         "residual": None if residual is None else residual.contiguous(), "modulation": modulation, "y": y,
     }  # fmt: skip
     numbers = {
@@ -232,7 +249,8 @@ def product_call(
     }  # fmt: skip
     constants = {
         "RANK": 0 if up is None else up.shape[2], "PARTS": parts, "ACTIVATION": activation, "INPUTS": inputs,
-        "INTEGER": matrix.dtype == torch.int8, "DESCRIBED": described, "PRECISION": precision(architecture),
+        "INTEGER": matrix.dtype == torch.int8, "DESCRIBED": described,
+        "DEPENDENT": dependent(architecture), "PRECISION": precision(architecture),
     }  # fmt: skip
 
     def grid(tiles: Mapping[str, int]) -> tuple[int, ...]:

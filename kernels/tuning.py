@@ -137,8 +137,9 @@ class Call:
             name: value.given(launch.tiles) if isinstance(value, Described) else value
             for name, value in self.arguments.items()
         }
+        options = launch.options | ({"launch_pdl": True} if self.constants.get("DEPENDENT") else {})
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            self.kernel[self.grid(launch.tiles)](**arguments, **self.constants, **launch.tiles, **launch.options)
+            self.kernel[self.grid(launch.tiles)](**arguments, **self.constants, **launch.tiles, **options)
 
     def signature(self, launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
         """What Triton would specialize this launch on: types by argument, constants, and which numbers are aligned.
@@ -211,6 +212,11 @@ def precision(architecture: str) -> str:
     (3xTF32, NVIDIA CUTLASS example 27). CDNA 3 multiplies fp32 as it is, and so does the interpreter.
     """
     return "tf32x3" if architecture.startswith("sm_") else "ieee"
+
+
+def dependent(architecture: str) -> bool:
+    """Whether kernels are put on the chip while the one before still runs (`device.follow`)."""
+    return architecture in ("sm_90", "sm_100")
 
 
 Problems = dict[tuple[str, str], tuple[Launch, ...]]
