@@ -59,7 +59,7 @@ def finished(
     PARTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ) -> tl.tensor:
-    """The tile with all that follows; ``at``: its tokens among all, ``output``: its outputs among all PARTS' outputs."""
+    """The tile with all that follows; ``at``: its tokens among all, ``output``: its outputs among all parts'."""
     GATED: tl.constexpr = ACTIVATION == "geglu"
     if bias is not None:
         value += tl.load(bias + output, column_inside, 0.0).to(tl.float32)[None, :]

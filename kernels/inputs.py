@@ -5,7 +5,8 @@
     hidden   scale n(x) A[p] (R, N, P, lanes), A being the slot's of each row, up to the slot's own rank
 
 Rows without an adapter have no hidden: nothing is computed or written for them, nor lanes beyond the next multiple of
-16 from the slot's rank on; those up to there are zeros. `product` adds hidden B. The parts, q, k and v, are shrunk from one x.
+16 from the slot's rank on; those up to there are zeros. `product` adds hidden B. The parts, q, k and v, are shrunk
+from one x.
 
 The kernel has two kinds of programs, so that a row's values do not depend on who else is in the batch. Some hold a few
 whole tokens each: x is read once, and its norm written once, with one rounding. Others, one for 16 tokens and a part
@@ -25,12 +26,12 @@ from torch import Tensor
 from .device import follow, multiply
 from .dispatch import REFERENCE, Kernels, constant, forward_only, jit, operator, tl
 from .norm import Kind, Norm, norm_reference, normed, scaled, statistics
-from .quantization import FORMATS, LARGEST, SMALLEST, Quantized, formats, rounded
+from .quantization import FORMATS, LARGEST, SMALLEST, formats, rounded
 from .rows import LowRank, RowSlots
 from .tuning import INTERPRETER, Call, Launch, Specimen, ceil_div, dependent, family, pick, power_of_two, precision
 
 LANES = constant(16)
-"""A rank is worked off in so many lanes at a time, the fewest of the matrix units; so many tokens are shrunk at once."""
+"""A rank is worked off in so many lanes at a time, the fewest of the matrix units."""
 _TOKENS = constant(16)
 _SMALLEST = constant(SMALLEST)
 
@@ -221,8 +222,9 @@ def inputs_call(
     written = norm is not None or into.scales is not None
     parts, rank = (0, 0) if down is None else (down.shape[1], down.shape[3])
     constants = {
-        "WRITTEN": written, "NORM": "none" if norm is None else norm.kind, "CHANNELS": channels, "PADDED": power_of_two(channels),
-        "RANK": rank, "PARTS": parts, "MOST": 0.0 if into.scales is None else LARGEST[into.values.dtype],
+        "WRITTEN": written, "NORM": "none" if norm is None else norm.kind, "CHANNELS": channels,
+        "PADDED": power_of_two(channels), "RANK": rank, "PARTS": parts,
+        "MOST": 0.0 if into.scales is None else LARGEST[into.values.dtype],
         "DEPENDENT": dependent(architecture), "PRECISION": precision(architecture),
     }  # fmt: skip
 

@@ -56,32 +56,30 @@ def choices(
         return _launch(64, 64, 32, 4, 1), _launch(64, 32, 32, 4, 1), _launch(128, 64, 32, 4, 1)
     if dtype == torch.float32 or wide:
         depth = 64 if eight else 16
-        small, taller = _launch(32, 16 if gated else 32, depth, 4, 2), _launch(64, 16 if gated else 32, depth, 8, 2)
-        return (small,) if architecture == "sm_80" or wide else (taller, small)
+        lower, taller = _launch(32, 16 if gated else 32, depth, 4, 2), _launch(64, 16 if gated else 32, depth, 8, 2)
+        return (lower,) if architecture == "sm_80" or wide else (taller, lower)
     if architecture in ("sm_80", "gfx942"):
         # Without asynchronous matrix units the tiles being multiplied lie in registers.
         depth, stages = 64 if eight else 32, 2 if architecture == "gfx942" else 3
-        large, narrow, small = (
-            _launch(128, 64 if gated else 128, depth, 8, stages), _launch(64, 64, depth, 8 if gated else 4, stages),
-            _launch(64, 32, depth, 4, stages),
-        )  # fmt: skip
-        return (large, narrow, small) if outputs >= 2048 else (narrow, large, small)
+        wide_tile = _launch(128, 64 if gated else 128, depth, 8, stages)
+        narrow = _launch(64, 64, depth, 8 if gated else 4, stages), _launch(64, 32, depth, 4, stages)
+        return (wide_tile, *narrow) if outputs >= 2048 else (narrow[0], wide_tile, narrow[1])
     depth = 128 if eight else 64
     if gated:
         return (
             _launch(128, 128, depth, 8, 3), _launch(128, 64, depth, 8, 4), _launch(64, 128, depth, 8, 3),
             _launch(64, 64, depth, 4, 4), _launch(64, 32, depth, 4, 5), _launch(128, 32, depth, 4, 5),
         )  # fmt: skip
-    large = _launch(128, 128, depth, 8, 4), _launch(64, 256, depth, 8, 4), _launch(64, 128, depth, 4, 4)
+    large = [_launch(128, 128, depth, 8, 4), _launch(64, 256, depth, 8, 4), _launch(64, 128, depth, 4, 4)]
     if activation == "none":  # beside a gelu its accumulators spill
-        large = (*large, _launch(128, 256, depth, 8, 3))
-    small = (
+        large.append(_launch(128, 256, depth, 8, 3))
+    small = [
         _launch(64, 64, depth, 4, 5), _launch(64, 64, depth, 4, 3), _launch(128, 64, depth, 4, 5),
         _launch(64, 32, depth, 4, 6),
-    )  # fmt: skip
-    # Only where sums run on from tile to tile.
-    deep = () if eight else (_launch(64, 64, 128, 4, 4), _launch(64, 32, 128, 4, 5), _launch(64, 128, 128, 4, 3))
-    return (*large, *small, *deep) if outputs >= 2048 else (*small, *deep, *large)
+    ]  # fmt: skip
+    if not eight:  # there sums run on from tile to tile
+        small += [_launch(64, 64, 128, 4, 4), _launch(64, 32, 128, 4, 5), _launch(64, 128, 128, 4, 3)]
+    return tuple(large + small if outputs >= 2048 else small + large)
 
 
 def _launch(tokens: int, outputs: int, inputs: int, warps: int, stages: int) -> Launch:
@@ -221,7 +219,7 @@ def product_call(
 ) -> Call:
     """The launch that fills y, contiguous as all but the rows of the modulation."""
     matrix, scales = (weight.values, weight.scales) if isinstance(weight, Quantized) else (weight, None)
-    up, ranks, slots = (None, None, None) if adapter is None else (adapter.up.contiguous(), adapter.ranks, None)
+    up, ranks = (None, None) if adapter is None else (adapter.up.contiguous(), adapter.ranks)
     x, parts = given.values, 1 if up is None else up.shape[1]
     outputs = y.shape[2] // parts
     assert matrix.shape == (y.shape[2] * (2 if activation == "geglu" else 1), x.shape[2])
@@ -232,16 +230,16 @@ def product_call(
     if up is None and modulation is None:
         # Nothing belongs to a row: a tile may run over its end.
         count, tokens = 1, count * tokens
-    elif rows is not None:
-        slots = rows.slots
     modulation = None if modulation is None else beside(modulation)
     flat, matrix = x.flatten(0, 1), matrix.contiguous()
     described = architecture not in ("sm_80", "gfx942") and describable(flat) and describable(matrix)
     tensors = {
         "x": Described(flat, ("BLOCK_TOKENS", "BLOCK_INPUTS")) if described else flat, "x_scales": given.scales,
         "weight": Described(matrix, ("BLOCK_OUTPUTS", "BLOCK_INPUTS")) if described else matrix,
-        "weight_at": matrix, "weight_scales": scales, "bias": bias, "hidden": given.hidden, "up": up, "ranks": ranks, "slots": slots,
-        "residual": None if residual is None else residual.contiguous(), "modulation": modulation, "y": y,
+        "weight_at": matrix, "weight_scales": scales, "bias": bias, "hidden": given.hidden,
+        "up": up, "ranks": ranks, "slots": None if up is None or rows is None else rows.slots,
+        "residual": None if residual is None else residual.contiguous(),
+        "modulation": modulation, "y": y,
     }  # fmt: skip
     numbers = {
         "count": count, "tokens": tokens, "outputs": outputs,
@@ -282,9 +280,13 @@ def specimens(architecture: str) -> Iterator[Specimen]:
             y = empty_output(empty(2, 256, inputs), matrix, activation)
             residual, modulation = (y, empty(2, 2, outputs)) if follows else (None, None)
             launches = choices(architecture, number, parts * outputs, activation, number != dtype == torch.float32)
-            for pair in (None, LowRank(empty(slots, parts, inputs, lanes), empty(slots, parts, lanes, outputs), counts)):
+            for pair in (
+                None,
+                LowRank(empty(slots, parts, inputs, lanes), empty(slots, parts, lanes, outputs), counts),
+            ):
                 hidden = None if pair is None else empty(2, 256, parts, lanes)
-                given, weight = Inputs(torch.empty(2, 256, inputs, dtype=number, device="meta"), None, hidden), matrix
+                given = Inputs(torch.empty(2, 256, inputs, dtype=number, device="meta"), None, hidden)
+                weight: Tensor | Quantized = matrix
                 if number != dtype:
                     scales = torch.empty(2, 256, device="meta"), torch.empty(parts * outputs, device="meta")
                     given, weight = Inputs(given.values, scales[0], hidden), Quantized(matrix, scales[1])

@@ -7,8 +7,8 @@
 A vector is an output of a weight, or a token: rows stay alone. Sources: scales per token and per channel, SmoothQuant,
 arXiv 2211.10438; e4m3, arXiv 2209.05433.
 
-The device's part of it is in `inputs`: a program holds whole tokens, so that it finds their largest number, divides by it
-and writes them with x read once. What a pair shrinks is not quantized: SVDQuant, arXiv 2411.05007.
+The device's part of it is in `inputs`: a program holds whole tokens, so that it finds their largest number, divides by
+it and writes them with x read once. What a pair shrinks is not quantized: SVDQuant, arXiv 2411.05007.
 """
 
 from __future__ import annotations

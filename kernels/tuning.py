@@ -101,9 +101,7 @@ class Described:
         """As Triton takes it."""
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        return TensorDescriptor(
-            self.tensor, list(self.tensor.shape), list(self.tensor.stride()), self.shape(tiles)
-        )
+        return TensorDescriptor(self.tensor, list(self.tensor.shape), list(self.tensor.stride()), self.shape(tiles))
 
 
 def describable(tensor: Tensor) -> bool:
