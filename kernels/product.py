@@ -56,7 +56,8 @@ def choices(
         return _launch(64, 64, 32, 4, 1), _launch(64, 32, 32, 4, 1), _launch(128, 64, 32, 4, 1)
     if dtype == torch.float32 or wide:
         depth = 64 if eight else 16
-        lower, taller = _launch(32, 16 if gated else 32, depth, 4, 2), _launch(64, 16 if gated else 32, depth, 8, 2)
+        columns = 16 if gated or (wide and architecture == "sm_100") else 32
+        lower, taller = _launch(32, columns, depth, 4, 2), _launch(64, columns, depth, 8, 2)
         return (lower,) if architecture == "sm_80" or wide else (taller, lower)
     if architecture in ("sm_80", "gfx942"):
         # Without asynchronous matrix units the tiles being multiplied lie in registers.
@@ -71,7 +72,7 @@ def choices(
             _launch(64, 64, depth, 4, 4), _launch(64, 32, depth, 4, 5), _launch(128, 32, depth, 4, 5),
         )  # fmt: skip
     large = [_launch(128, 128, depth, 8, 4), _launch(64, 256, depth, 8, 4), _launch(64, 128, depth, 4, 4)]
-    if activation == "none":  # beside a gelu its accumulators spill
+    if activation == "none" and not eight:  # beside a gelu, or the scales, its accumulators spill
         large.append(_launch(128, 256, depth, 8, 3))
     small = [
         _launch(64, 64, depth, 4, 5), _launch(64, 64, depth, 4, 3), _launch(128, 64, depth, 4, 5),
