@@ -49,9 +49,8 @@ def choices(architecture: str, dtype: torch.dtype, channels: int) -> tuple[Launc
     """The launches for a width, the default first: about 4096 numbers a program."""
     pieces = 64 if architecture == INTERPRETER or dtype == torch.float32 else 128
     fits = max(1, 4096 // power_of_two(channels))
-    return tuple(
-        Launch({"BLOCK_TOKENS": tokens, "BLOCK_CHANNELS": pieces}, 4, 3) for tokens in (fits, max(1, fits // 2))
-    )
+    sizes = (fits, fits // 2) if fits > 1 else (1,)
+    return tuple(Launch({"BLOCK_TOKENS": tokens, "BLOCK_CHANNELS": pieces}, 4, 3) for tokens in sizes)
 
 
 @jit
