@@ -2,10 +2,11 @@
 
 A launch has two parts. A `Call` is what is computed: a kernel, its arguments, and the constants that select its code.
 A `Launch` is how: tile sizes, warps, pipeline stages. A kernel's file has its default launch per architecture;
-`tuned/<gpu>.json`, written by measuring on that GPU, overrides it for the problems it lists.
+`tuned/<gpu>.json`, written on that GPU by ``stylemuse bench tune``, overrides it for the problems it lists.
 
-A launch may depend on a problem's weights, number format and head size, never on its rows or tokens: the same row must
-give the same bits alone and in any batch.
+The same row must give the same bits alone and in any batch. So the choices of a problem are a family: all give equal
+bits, and only then may the launch depend on how many tokens a batch has. What decides bits, as a split of a sum does,
+depends on the problem's weights, number format and head size alone.
 
 Each file with kernels has a function `specimens(family)`: calls on meta tensors, one for every way its kernels are
 compiled, each with every launch that may be chosen for it. So all launches can be enumerated without a GPU, to compile
@@ -127,6 +128,8 @@ class Call:
 
     def run(self, launch: Launch) -> None:
         """Launch it, on the device of its tensors."""
+        if (tried := _TRIAL.get()) is not None:
+            tried.add(self)
         if (calls := _NOTED.get()) is not None:
             calls.append(self)
             return
@@ -217,22 +220,55 @@ def dependent(architecture: str) -> bool:
     return architecture in ("sm_90", "sm_100")
 
 
-Problems = dict[tuple[str, str], tuple[Launch, ...]]
-"""(operation, problem) -> the launches that may be chosen."""
+Problem = tuple[str, str, int | None]
+"""Operation, problem, and tokens of the batch, None where the launch must not depend on them."""
+
+
+@dataclass
+class Met:
+    """A problem that came up, with the launches that may be chosen for it, and its calls."""
+
+    choices: tuple[Launch, ...]
+    calls: list[Call]
+
+
+class _Trial:
+    """What `trial` was given, and what it has met; a call is launched right after its launch was picked."""
+
+    def __init__(self, forced: Mapping[tuple[str, str], Launch]) -> None:
+        self.met: dict[Problem, Met] = {}
+        self._forced = forced
+        self._last: Met | None = None
+
+    def pick(self, problem: Problem, choices: tuple[Launch, ...]) -> Launch:
+        """The launch that is forced, or the default."""
+        self._last = self.met.setdefault(problem, Met(choices, []))
+        return self._forced.get(problem[:2], choices[0])
+
+    def add(self, call: Call) -> None:
+        """A call of the problem that was picked for last."""
+        if self._last is not None:
+            self._last.calls.append(call)
+            self._last = None
+
+
+_NONE_FORCED: Mapping[tuple[str, str], Launch] = MappingProxyType({})
 
 
 @contextmanager
-def trial(forced: Mapping[tuple[str, str], Launch] = MappingProxyType({})) -> Iterator[Problems]:
-    """Within it these launches are taken, whatever was measured before, and the problems that come up are collected."""
-    met: Problems = {}
-    token = _TRIAL.set((forced, met))
+def trial(forced: Mapping[tuple[str, str], Launch] = _NONE_FORCED) -> Iterator[dict[Problem, Met]]:
+    """Within it the launches of these (operation, problem) are taken, and defaults for the rest, whatever was measured
+    before; the problems that come up are collected, with their calls and so with their tensors.
+    """
+    made = _Trial(forced)
+    token = _TRIAL.set(made)
     try:
-        yield met
+        yield made.met
     finally:
         _TRIAL.reset(token)
 
 
-_TRIAL: ContextVar[tuple[Mapping[tuple[str, str], Launch], Problems] | None] = ContextVar("trial", default=None)
+_TRIAL: ContextVar[_Trial | None] = ContextVar("trial", default=None)
 
 
 @contextmanager
@@ -252,20 +288,50 @@ _NOTED: ContextVar[list[Call] | None] = ContextVar("noted", default=None)
 def pick(
     operation: str, problem: str, device: torch.device, choices: tuple[Launch, ...], tokens: int | None = None
 ) -> Launch:
-    """The launch for a problem on a device: the measured one where there is one, else the first of the choices."""
-    tried = _TRIAL.get()
-    if tried is not None:
-        forced, met = tried
-        met[(operation, problem)] = choices
-        if (operation, problem) in forced:
-            return forced[(operation, problem)]
-    measured = {} if device.type == "cpu" else _tuned(_gpu(device))
-    return measured.get((operation, problem), choices[0])
+    """The launch for a problem on a device: the one measured at the nearest number of tokens, else the first choice.
+
+    ``choices`` give equal bits. A measured launch that is none of them is not taken: its bits may be others.
+    """
+    if (tried := _TRIAL.get()) is not None:
+        return tried.pick((operation, problem, tokens), choices)
+    measured = {} if device.type == "cpu" else _tuned(_gpu(device)).get((operation, problem), {})
+    launch = measured.get(_nearest(tuple(measured), tokens))
+    return choices[0] if launch is None or launch not in choices else launch
+
+
+def _nearest(measured: tuple[int | None, ...], tokens: int | None) -> int | None:
+    """The measured number of tokens that is nearest in ratio; None stands for any number."""
+    sizes = [size for size in measured if size is not None]
+    if tokens is None or not sizes:
+        return None
+    return min(sizes, key=lambda size: max(size / tokens, tokens / size))
 
 
 def tuned_file(gpu: str) -> Path:
     """Where the measured launches of a GPU are, by the name its driver gives it."""
     return Path(__file__).parent / "tuned" / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
+
+
+Tuned = Mapping[tuple[str, str], Mapping[int | None, Launch]]
+"""(operation, problem) -> tokens at which it was measured, None for any -> launch."""
+
+
+def read_tuned(file: Path) -> Tuned:
+    """The launches of a GPU's file; empty where there is none.
+
+    {gpu, torch, triton, commit, "launches": {operation: {problem: {tokens or "any": {tiles, warps, stages, seconds}}}}}
+    """
+    if not file.exists():
+        return {}
+    launches = json.loads(file.read_text(encoding="utf-8"))["launches"]
+    return {
+        (operation, problem): {
+            None if tokens == "any" else int(tokens): Launch(entry["tiles"], entry["warps"], entry["stages"])
+            for tokens, entry in sizes.items()
+        }
+        for operation, problems in launches.items()
+        for problem, sizes in problems.items()
+    }
 
 
 @cache
@@ -274,19 +340,8 @@ def _gpu(device: torch.device) -> str:
 
 
 @cache
-def _tuned(gpu: str) -> Mapping[tuple[str, str], Launch]:
-    """The launches of a GPU's file by (operation, problem); empty where there is no file."""
-    file = tuned_file(gpu)
-    if not file.exists():
-        return {}
-    document = json.loads(file.read_text(encoding="utf-8"))
-    return MappingProxyType(
-        {
-            (operation, problem): Launch(entry["tiles"], entry["warps"], entry["stages"])
-            for operation, problems in document["launches"].items()
-            for problem, entry in problems.items()
-        }
-    )
+def _tuned(gpu: str) -> Tuned:
+    return read_tuned(tuned_file(gpu))
 
 
 def ceil_div(value: int, size: int) -> int:
