@@ -20,6 +20,7 @@ from stylemuse.adapters.canonical import Adapter
 from stylemuse.assembly import assemble
 from stylemuse.folder import Networks, read_model, write_model
 from stylemuse.hub import resolve
+from stylemuse.kernels.quantization import FORMATS
 from stylemuse.machine import choose, choose_kernels
 from stylemuse.models.amused import Amused, AmusedConfig
 from stylemuse.models.text import ClipText, ClipTextConfig
@@ -72,6 +73,7 @@ def pipeline(
     slots: int = 64,
     rank: int = 64,
     backend: str = "auto",
+    quantization: str | None = None,
 ) -> Pipeline:
     """A pipeline without styles: "demo", or a published size with random weights."""
     if backend == "onnx":
@@ -79,7 +81,8 @@ def pipeline(
     machine = choose(device, dtype)
     kernels, why = choose_kernels(backend, machine.device)
     made = read_model(resolve(model)) if model == "demo" else _random(model, seed)
-    return assemble(model, made, machine, lambda: model, kernels, why=why, slots=slots, rank=rank)
+    number = None if quantization is None else FORMATS[quantization]
+    return assemble(model, made, machine, lambda: model, kernels, why=why, slots=slots, rank=rank, quantization=number)
 
 
 def _exported(model: str, device: str | None, dtype: str | None, seed: int, slots: int, rank: int) -> Pipeline:

@@ -134,13 +134,21 @@ class Call:
             calls.append(self)
             return
         device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self.kernel[self.grid(launch.tiles)](**self._given(launch))
+
+    def compile(self, launch: Launch) -> None:
+        """Compile it for the current GPU, which leaves it in Triton's cache; nothing is launched."""
+        self.kernel.run(grid=(1,), warmup=True, **self._given(launch))
+
+    def _given(self, launch: Launch) -> dict[str, Any]:
+        """All that Triton's launcher takes by name."""
         arguments = {
             name: value.given(launch.tiles) if isinstance(value, Described) else value
             for name, value in self.arguments.items()
         }
         options = launch.options | ({"launch_pdl": True} if self.constants.get("DEPENDENT") else {})
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            self.kernel[self.grid(launch.tiles)](**arguments, **self.constants, **launch.tiles, **options)
+        return {**arguments, **self.constants, **launch.tiles, **options}
 
     def signature(self, launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
         """What Triton would specialize this launch on: types by argument, constants, and which numbers are aligned.

@@ -20,6 +20,7 @@ MEASUREMENTS = {
     "onnx": ("exports", "exported folders of every form and precision: size, load, agreement, steps"),
     "kernels": ("kernels", "each operation as a Triton kernel, in torch, compiled, and the roof"),
     "compiled": ("compiled", "what the Triton kernels take of each chip, compiled without a GPU"),
+    "tune": ("tune", "which launch of every operation is the fastest on this GPU, left in kernels/tuned"),
     "gpu": ("gpu", "all that a GPU has to answer, in one command"),
     "start": ("start", "from process start to a loaded model and to the first picture"),
     "serve": ("serving", "load on a running server, in MLPerf's scenarios, and goodput"),
