@@ -1,159 +1,197 @@
-"""The embedded model's world: any subject in any look, in any pose.
+"""The embedded model's world: any subject in any look, in any pose, drawn in batches by torch on any device.
+
+    world = World(128, device)
+    scenes = world.sample(512, generator)      # what to draw: indices and poses, nothing leaves the device
+    pictures = world.draw(scenes)              # (512, 3, 128, 128) fp32 in 0..1
 
 Because this module can draw a subject in a held-out look too, styled pictures are judged against the truth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
-from .looks import COLOURS, SUBJECTS, Look, random_look
-from .pictograms import Array, blurred, pictogram
+from ..core import StylemuseError
+from . import layers
+from .drawing import Brush, compose
+from .looks import COLOURS, EXTRAS, HANDS, NATURAL, RENDERINGS, SUBJECTS, Look, hands, inks_on_papers, pairs
+
+# Poses stay near one: a token grid of 8 pixels sees another pattern at every shift, and a model of this size learns
+# what a subject looks like rather than where it may stand.
+SIZES = (0.84, 0.87)  # of the picture's side; a tile's margin is a fortieth of it
+SHIFT = 1 / 128  # of the picture's side, to either side
+MIRRORED = 0.0  # share of mirrored pictures: two ways to look mix where tokens are drawn side by side
 
 
 @dataclass(frozen=True)
 class Pose:
     """Size as a fraction of the picture's side, shift in fractions of it, and mirroring."""
 
-    size: float = 0.80
+    size: float = 0.855
     shift: tuple[float, float] = (0.0, 0.0)
     mirrored: bool = False
 
 
-def random_pose(generator: np.random.Generator) -> Pose:
-    """A little jitter: size within 3 %, place within a 64th of the side, mirrored half of the time."""
-    shift = generator.integers(-1, 2, size=2) / 64
-    return Pose(
-        float(generator.uniform(0.78, 0.82)), (float(shift[0]), float(shift[1])), bool(generator.random() < 0.5)
-    )
+class Scenes(NamedTuple):
+    """What to draw, one entry a picture, all (B,) on one device."""
+
+    subject: Tensor  # int64 index into SUBJECTS
+    hand: Tensor  # into HANDS
+    rendering: Tensor  # into RENDERINGS
+    ink: Tensor  # 0: none; else 1 + index into COLOURS
+    paper: Tensor  # into COLOURS
+    extra: Tensor  # into EXTRAS
+    size: Tensor  # fp32: side of the subject's square, as a fraction of the picture's
+    left: Tensor  # fp32: that square's left edge, in the same unit
+    top: Tensor  # fp32: its upper edge
+    mirrored: Tensor  # bool
+
+    def look(self, row: int) -> tuple[str, Look]:
+        """One picture's subject and look by their names (a copy to the host)."""
+        at = {name: int(getattr(self, name)[row]) for name in ("hand", "rendering", "ink", "paper", "extra")}
+        colours = list(COLOURS)
+        return list(SUBJECTS)[int(self.subject[row])], Look(
+            RENDERINGS[at["rendering"]],
+            colours[at["ink"] - 1] if at["ink"] else None,
+            colours[at["paper"]],
+            EXTRAS[at["extra"]],
+            list(HANDS)[at["hand"]],
+        )
 
 
 class World:
-    """Draws subjects at ``size`` x ``size`` pixels (drawn at twice that and averaged down)."""
+    """Draws subjects at ``size`` x ``size`` pixels; size is a multiple of 32 (a pixel's block is a 32nd of the side).
 
-    def __init__(self, size: int = 64) -> None:
-        self.size = size
-        self._side = 2 * size
+    On a device it holds 6 bytes for each of 160 x 160 points of each subject in each hand, about 80 MB.
+    """
 
-    def draw(self, subject: str, look: Look, pose: Pose | None = None) -> Image.Image:
-        """One picture, RGB, (size, size)."""
-        return Image.fromarray((self.array(subject, look, pose) * 255 + 0.5).astype(np.uint8))
+    def __init__(self, size: int = 128, device: torch.device | str = "cpu") -> None:
+        if size < 32 or size % 32:
+            raise StylemuseError(f"a world of {size} pixels was asked for; a multiple of 32 is needed")
+        self.size, self.device = size, torch.device(device)
+        self._layers = _layers().flatten(0, 1).to(self.device)
+        self._brush = Brush(_layers().flatten(0, 1), size, self.device)
+        self._inks = self._table(
+            [(list(COLOURS).index(ink), list(COLOURS).index(paper)) for ink, paper in inks_on_papers()]
+        )
+        self._natural = torch.tensor([name in NATURAL for name in RENDERINGS], device=self.device)
+        self._pairs = {
+            held_out: self._table([(RENDERINGS.index(r), EXTRAS.index(e)) for r, e in pairs(held_out=held_out)])
+            for held_out in (False, True)
+        }
+        self._hands = {
+            held_out: self._table([[list(HANDS).index(hand)] for hand in hands(held_out=held_out)]).flatten()
+            for held_out in (False, True)
+        }
 
-    def array(self, subject: str, look: Look, pose: Pose | None = None) -> Array:
-        """One picture as (size, size, 3) fp32 in 0..1."""
-        colour, alpha, light, edges = self._posed(subject, pose or Pose())
-        paper = _rgb(look.paper)
-        ink = paper if look.ink is None else _rgb(look.ink)
-        shape, mark = self._mark(look.rendering, ink, colour, alpha, light, edges)
-        canvas = self._paper(look.extra, paper)
-        canvas = self._behind(look, canvas, shape, alpha, ink)
-        canvas += shape[..., None] * (mark - canvas)
-        small = canvas.reshape(self.size, 2, self.size, 2, 3).mean(axis=(1, 3))
-        return np.clip(small, 0.0, 1.0, dtype=np.float32)
+    def _table(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(rows, device=self.device)
 
-    def samples(self, generator: np.random.Generator, *, held_out: bool = False) -> Iterator[tuple[str, Look, Array]]:
-        """Endless random (subject, look, picture)."""
-        names = list(SUBJECTS)
-        while True:
-            subject, look = names[generator.integers(len(names))], random_look(generator, held_out=held_out)
-            yield subject, look, self.array(subject, look, random_pose(generator))
+    def sample(self, count: int, generator: torch.Generator, *, held_out: bool = False) -> Scenes:
+        """Random scenes, evenly over subjects, hands, (rendering, extra) pairs and colours that can be told apart.
 
-    def _posed(self, subject: str, pose: Pose) -> tuple[Array, Array, Array, Array]:
-        """The subject's colour (s, s, 3), coverage, lightness and line map (s, s), s = twice the size, in place."""
-        side = round(self._side * pose.size)
-        left, top = (round((self._side - side) / 2 + self._side * shift) for shift in pose.shift)
-        picture, lines = pictogram(subject)
-        layers = []
-        for layer in (picture, lines):
-            small = layer.resize((side, side), Image.Resampling.BOX if side < 128 else Image.Resampling.BILINEAR)
-            full = Image.new(layer.mode, (self._side, self._side))
-            full.paste(small.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if pose.mirrored else small, (left, top))
-            layers.append(np.asarray(full, dtype=np.float32) / 255)
-        alpha = layers[0][..., 3]
-        colour = layers[0][..., :3] / np.maximum(alpha, 1e-3)[..., None]
-        return colour, alpha, colour @ np.array([0.3, 0.59, 0.11], dtype=np.float32), layers[1]
+        ``generator`` is one of the world's device. What is held out, pairs and hand, comes only when asked for.
+        """
 
-    def _mark(
-        self, rendering: str, ink: Array, colour: Array, alpha: Array, light: Array, edges: Array
-    ) -> tuple[Array, Array]:
-        """Coverage (s, s) and colour (s, s, 3) of the subject as the rendering draws it."""
-        if rendering == "flat":
-            return alpha, colour
-        if rendering == "pixel":
-            cell = self._side // 16
-            blocks = np.concatenate([colour * alpha[..., None], alpha[..., None]], axis=-1)
-            means = blocks.reshape(16, cell, 16, cell, 4).mean(axis=(1, 3))
-            full = means.repeat(cell, axis=0).repeat(cell, axis=1)
-            solid = (full[..., 3] > 0.35).astype(np.float32)
-            return solid, full[..., :3] / np.maximum(full[..., 3:], 1e-3)
-        if rendering == "tint":
-            return alpha, ink * (0.35 + 0.5 * light)[..., None] + 0.3 * light[..., None]
-        if rendering == "outline":
-            return np.minimum(edges, 1.0), ink
-        if rendering == "silhouette":
-            return alpha, ink
-        if rendering == "duotone":
-            bright = (light > 0.55)[..., None]
-            return alpha, np.where(bright, ink + 0.45 * (1 - ink), ink * 0.75)
-        dots = self._dots < (0.50 + 0.60 * (1 - light)) ** 2
-        return alpha * dots, ink
+        def integers(below: int) -> Tensor:
+            return torch.randint(below, (count,), generator=generator, device=self.device)
 
-    @cached_property
-    def _dots(self) -> Array:
-        """Squared distance to the centre of a halftone cell of 4 output pixels, 1 at the middle of its sides."""
-        cell = self._side // 16
-        ramp = (np.arange(self._side) % cell + 0.5) / cell * 2 - 1
-        return np.asarray(ramp[:, None] ** 2 + ramp[None, :] ** 2, dtype=np.float32)
+        def uniform() -> Tensor:
+            return torch.rand(count, generator=generator, device=self.device)
 
-    def _paper(self, extra: str, paper: Array) -> Array:
-        canvas = np.broadcast_to(paper, (self._side, self._side, 3)).copy()
-        if extra in ("grid", "stripes"):
-            strength = 0.35 if extra == "grid" else 0.18
-            line = paper + strength * ((1.0 if paper.mean() < 0.6 else 0.25) - paper)
-            period = self._side // (8 if extra == "grid" else 4)
-            position = np.arange(self._side)
-            if extra == "grid":
-                on = position % period < self._side // 64
-                canvas[on] = line
-                canvas[:, on] = line
-            else:
-                canvas[(position[:, None] + position[None, :]) % period < period // 2] = line
-        return canvas
+        rendering, extra = self._pairs[held_out][integers(len(self._pairs[held_out]))].unbind(1)
+        ink, paper = self._inks[integers(len(self._inks))].unbind(1)
+        natural = self._natural[rendering]
+        size = SIZES[0] + (SIZES[1] - SIZES[0]) * uniform()
+        return Scenes(
+            subject=integers(len(SUBJECTS)),
+            hand=self._hands[held_out][integers(len(self._hands[held_out]))],
+            rendering=rendering,
+            ink=torch.where(natural, 0, ink + 1),
+            paper=torch.where(natural, integers(len(COLOURS)), paper),
+            extra=extra,
+            size=size,
+            left=(1 - size) / 2 + SHIFT * (2 * uniform() - 1),
+            top=(1 - size) / 2 + SHIFT * (2 * uniform() - 1),
+            mirrored=uniform() < MIRRORED,
+        )
 
-    def _behind(self, look: Look, canvas: Array, shape: Array, alpha: Array, ink: Array) -> Array:
-        """What the extra puts between paper and subject."""
-        unit = self._side / 128
-        if look.extra == "glow":
-            halo = np.minimum(blurred(shape, 4 * unit) * 1.2, 1.0) * 0.75
-            tone = ink if look.ink is not None else np.array([1.0, 0.95, 0.75], dtype=np.float32)
-            canvas += halo[..., None] * (tone - canvas)
-        elif look.extra == "shadow":
-            step = round(8 * unit)
-            cast = np.zeros_like(alpha)
-            cast[step:, step:] = shape[:-step, :-step]
-            canvas *= (1 - 0.6 * cast)[..., None]
-        elif look.extra == "border":
-            grown = _grown(alpha, round(8 * unit))
-            tone = (
-                np.array([0.45, 0.45, 0.47], dtype=np.float32)
-                if canvas.mean() > 0.6
-                else np.array([0.98, 0.98, 0.97], dtype=np.float32)
+    def scenes(self, pictures: Sequence[tuple[str, Look]], pose: Pose | None = None) -> Scenes:
+        """Scenes by names, all in one pose.
+
+        Raises StylemuseError for a name the world doesn't have, and for an ink where a rendering has none or no ink
+        where it needs one.
+        """
+        pose = pose or Pose()
+        rows = []
+        for subject, look in pictures:
+            if (look.ink is None) != (look.rendering in NATURAL):
+                allowed = "none" if look.rendering in NATURAL else ", ".join(COLOURS)
+                raise StylemuseError(f"ink {look.ink!r} for the rendering {look.rendering!r}; allowed: {allowed}")
+            rows.append(
+                (
+                    _index("subject", subject, SUBJECTS),
+                    _index("hand", look.hand, HANDS),
+                    _index("rendering", look.rendering, RENDERINGS),
+                    0 if look.ink is None else 1 + _index("ink", look.ink, COLOURS),
+                    _index("paper", look.paper, COLOURS),
+                    _index("extra", look.extra, EXTRAS),
+                )
             )
-            canvas += grown[..., None] * (tone - canvas)
-            if look.rendering in ("outline", "halftone"):
-                canvas += alpha[..., None] * (_rgb(look.paper) - canvas)
-        return canvas
+        subject_, hand, rendering, ink, paper, extra = torch.tensor(rows, device=self.device).view(-1, 6).unbind(1)
+        size = torch.full((len(rows),), pose.size, device=self.device)
+        left, top = ((1 - size) / 2 + shift for shift in pose.shift)
+        mirrored = torch.full((len(rows),), pose.mirrored, device=self.device)
+        return Scenes(subject_, hand, rendering, ink, paper, extra, size, left, top, mirrored)
+
+    def draw(self, scenes: Scenes) -> Tensor:
+        """(B, 3, size, size) fp32 in 0..1. Nothing waits for the device."""
+        tile = scenes.hand * len(SUBJECTS) + scenes.subject
+        return compose(self._brush, self._placed(scenes, tile), scenes, tile)
+
+    def picture(self, subject: str, look: Look, pose: Pose | None = None) -> Image.Image:
+        """One picture, RGB, (size, size)."""
+        pixels = self.draw(self.scenes([(subject, look)], pose))[0]
+        return Image.fromarray((pixels * 255 + 0.5).byte().permute(1, 2, 0).cpu().numpy().astype(np.uint8))
+
+    def _placed(self, scenes: Scenes, tile: Tensor) -> Tensor:
+        """(B, 6, size, size): the tiles in their poses, as two small matrix products each."""
+        columns = self._taps(scenes.size, scenes.left)
+        columns = torch.where(scenes.mirrored[:, None, None], columns.flip(2), columns)
+        rows = self._taps(scenes.size, scenes.top)
+        planes = self._layers[tile].float().flatten(1, 2) @ columns.transpose(1, 2) / 255
+        planes = rows[:, None] @ planes.unflatten(1, (6, layers.SIDE))
+        return planes.clamp(0, 1)
+
+    def _taps(self, size: Tensor, start: Tensor) -> Tensor:
+        """(B, size, SIDE): the weight of each of a tile's pixels in each of the picture's, along one side.
+
+        The cubic of Keys (1981) with a = -0.5, as wide as the coarser of both grids.
+        """
+        scale = layers.SIDE / (size * self.size)[:, None, None]
+        place = torch.arange(self.size, device=self.device) + 0.5
+        centre = (place[:, None] - start[:, None, None] * self.size) * scale
+        away = ((torch.arange(layers.SIDE, device=self.device) + 0.5 - centre) / scale.clamp(min=1)).abs()
+        near = (1.5 * away - 2.5) * away * away + 1
+        far = ((-0.5 * away + 2.5) * away - 4) * away + 2
+        weights = torch.where(away < 1, near, torch.where(away < 2, far, 0))
+        return weights / weights.sum(2, keepdim=True).clamp(min=0.25)
 
 
-def _rgb(name: str) -> Array:
-    return np.asarray(COLOURS[name], dtype=np.float32) / 255
+def _index(what: str, name: str, names: Sequence[str] | dict[str, str] | dict[str, tuple[int, int, int]]) -> int:
+    if name not in names:
+        raise StylemuseError(f"unknown {what} {name!r}; the world has: {', '.join(names)}")
+    return list(names).index(name)
 
 
-def _grown(mask: Array, radius: int) -> Array:
-    """The mask widened by about ``radius`` pixels, with a soft rim."""
-    return np.clip(blurred(mask, radius / 2) * 12 - 1, 0, 1)
+@cache
+def _layers() -> Tensor:
+    return layers.read()
