@@ -60,7 +60,7 @@ class Muon:
         }
 
     @torch.no_grad()
-    def step(self, factor: float = 1.0) -> None:
+    def step(self, factor: float | Tensor = 1.0) -> None:
         """Move all parameters by their gradients, which must be there; ``factor`` multiplies the rate."""
         for shape, group in self._alike.items():
             gradients = torch.stack([parameter.grad for parameter in group if parameter.grad is not None])
@@ -68,7 +68,7 @@ class Muon:
             updates = orthogonal(gradients.lerp(moments, self.momentum), self.dtype).float()
             rate = self.rate * factor
             for parameter, update in zip(group, updates, strict=True):
-                parameter.mul_(1 - rate * self.decay).sub_(update, alpha=rate * 0.2 * max(shape) ** 0.5)
+                parameter.mul_(1 - rate * self.decay).sub_(update * (rate * 0.2 * max(shape) ** 0.5))
 
     def state_dict(self) -> dict[str, Any]:
         """The momentum, by shape in words."""
