@@ -59,7 +59,7 @@ def compose(brush: Brush, planes: Tensor, scenes: Scenes, tile: Tensor) -> Tenso
     shape, solid, mark = _mark(brush, planes, scenes, tile, ink, light)
     canvas = _patterned(brush, paper, light, scenes)
     cover, tone = _surroundings(brush, paper, light, ink, shape, solid, scenes)
-    return torch.lerp(torch.lerp(canvas, tone, cover), mark, shape).clamp(0, 1)
+    return torch.lerp(torch.lerp(canvas, tone, cover), mark, shape.clamp(0, 1)).clamp(0, 1)
 
 
 def _mark(
@@ -70,28 +70,33 @@ def _mark(
     low, span, middle = (part[tile][:, None, None, None] for part in (brush.low, brush.span, brush.middle))
     light = torch.einsum("bcyx,c->byx", planes[:, :3], brush.luma)[:, None] / alpha.clamp(min=1e-2)
     tone = ((light - low) / span).clamp(0, 1)
-    body, strokes = torch.maximum(alpha, contour), torch.maximum(contour, inner)
+    firm = (1.8 * alpha - 0.4).clamp(0, 1)  # ink is there or not: no soft lights and smoke around a subject
+    body, strokes = torch.maximum(firm, contour), torch.maximum(contour, inner)
     contrast = torch.where(paper_light < 0.6, 1.0, 0.12)
     keyline = brush.keyline[tile, scenes.paper][:, None, None, None]
 
     line = contour * (1 - alpha) * keyline  # around the subject: it takes nothing of it
     flat = (planes[:, :3] + line * contrast) / (alpha + line).clamp(min=1e-2)
     blocks, blocks_colour = _blocks(brush, planes[:, :4], keyline, contrast)
-    stencil = alpha * (1 - inner * (1 - contour))
+    stencil = firm * (1 - inner * (1 - contour))
     # Ink stands for what is dark, unless it is lighter than the paper.
     grey = torch.where(brush.light[scenes.ink][:, None, None, None] > paper_light, tone, 1 - tone)
     dots = ((0.9 + 2.1 * grey - brush.dots) * (brush.size / 128) + 0.5).clamp(0, 1)
-    halftone = torch.maximum(strokes, alpha * dots)
-    shape = _choose(scenes.rendering, alpha + line, blocks, alpha, strokes, stencil, body, halftone)
-    solid = _choose(scenes.rendering, alpha + line, blocks, alpha, body, alpha, body, body)
+    halftone = torch.maximum(strokes, firm * dots)
+    shape = _choose(scenes.rendering, alpha + line, blocks, firm, strokes, stencil, body, halftone)
+    solid = _choose(scenes.rendering, torch.maximum(firm, line), blocks, firm, body, firm, body, body)
 
     # An ink's colour at a point: so far towards white, and so bright. A glowing line is whitest in its middle, as a
     # tube is.
     dark = torch.maximum(strokes, ((middle - tone) * 8 + 0.5).clamp(0, 1))
-    tube = 0.55 * strokes.square() * _is(scenes.extra, EXTRAS.index("glow"))
+    shining = (brush.light[scenes.ink][:, None, None, None] > paper_light) * _is(scenes.extra, EXTRAS.index("glow"))
+    tube = 0.55 * strokes.square() * shining
+    floor = torch.where(paper_light < 0.3, 0.55, 0.36)  # a tint's darkest part must not fall into the paper
     none, full = torch.zeros_like(tone), torch.ones_like(tone)
     white = _choose(scenes.rendering, none, none, (1.5 * tone - 0.75).relu(), tube, none, 0.62 * (1 - dark), none)
-    bright = _choose(scenes.rendering, full, full, (0.36 + 1.28 * tone).clamp(max=1), full, full, 1 - 0.28 * dark, full)
+    bright = _choose(
+        scenes.rendering, full, full, (floor + 2 * (1 - floor) * tone).clamp(max=1), full, full, 1 - 0.28 * dark, full
+    )
     inked = torch.lerp(ink, brush.white, white) * bright
     return shape, solid, _choose(scenes.rendering, flat, blocks_colour, inked)
 
@@ -121,9 +126,10 @@ def _surroundings(
     """What the extra puts between paper and subject: coverage (B, 1, s, s) and tone (B, 3, 1, 1)."""
     unit = brush.size / 128
     lines = _is(scenes.rendering, RENDERINGS.index("outline"))
+    inside = (2 * solid - 1).relu()  # what lies behind goes on under the subject's soft edge: no seam of paper there
     near, far = _soft(shape, _GLOW[0] * unit, 2), _soft(shape, _GLOW[1] * unit, 4)
     # Only lines glow inwards too: where the inside is drawn by what is left out, a halo would fill it.
-    halo = (0.75 * near + 0.9 * far).clamp(0, 0.85) * (1 - solid * (1 - lines))
+    halo = (0.75 * near + 0.9 * far).clamp(0, 0.85) * (1 - inside * (1 - lines))
     warm = torch.where(paper_light < 0.7, brush.warm[0], brush.warm[1])
     halo_tone = torch.where((scenes.ink == 0)[:, None, None, None], warm, ink)
 
@@ -131,7 +137,7 @@ def _surroundings(
     cast = F.pad(torch.lerp(solid, shape, lines), (step, -step, step, -step))
     cast_tone = torch.where(paper_light < 0.25, 0.35 + 0.4 * paper, paper * 0.45)
 
-    rim = ((_soft(solid, 0.5 * _RIM * unit, 2) - 0.02) * 14).clamp(0, 1) * (1 - solid)
+    rim = ((_soft(solid, 0.5 * _RIM * unit, 2) - 0.02) * 14).clamp(0, 1) * (1 - inside)
     rim_tone = torch.where(paper_light < 0.75, 1.0, 0.3 * paper)
 
     none = torch.zeros_like(cast)
@@ -174,6 +180,7 @@ def _tones(tiles: Tensor) -> Tensor:
     count = inside.sum(1, keepdim=True)
     low, high = (ordered.gather(1, (count * share).long().clamp(max=few.shape[2] - 1)) for share in (0.06, 0.92))
     span = (high - low).clamp(min=0.25)
+    low = (low + high - span) / 2  # where there is one tone only, it is a middle one
     tone = ((light - low) / span).clamp(0, 1)
     # Where the two sides' means lie farthest apart for their sizes (Otsu 1979); between these means.
     best, middle = torch.zeros_like(low), torch.full_like(low, 0.5)
