@@ -1,167 +1,227 @@
-"""The embedded model's world: the same numbers draw the same picture, and what is held out stays held out."""
+"""The embedded model's world: the same numbers draw the same pictures, and what is held out stays held out."""
 
 from __future__ import annotations
 
-import re
-from itertools import islice
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from font import needs_font
+import torch
+from PIL import Image
+from torch import Tensor
 
 from stylemuse import StylemuseError
-from stylemuse.models.tokenizer import build_word_tokenizer
-from stylemuse.tuning import pictograms
+from stylemuse.tuning import layers
 from stylemuse.tuning.looks import (
     COLOURS,
     EXTRAS,
+    HANDS,
     HELD_OUT,
+    HELD_OUT_HANDS,
     HELD_OUT_PAIRS,
     NATURAL,
     RENDERINGS,
     SUBJECTS,
     Look,
-    article,
-    caption,
-    random_caption,
-    random_look,
-    vocabulary,
+    inks_on_papers,
 )
-from stylemuse.tuning.world import Pose, World, random_pose
+from stylemuse.tuning.world import SHIFT, SIZES, Pose, Scenes, World
 
-FULL = re.compile(r"(?:an? )?(.+), (\w+)(?: in (\w+))? on (\w+) (?:with (\w+)|(plain))")
+PLAIN = Look("stencil", "black", "white", "plain")
+LOOKS = [
+    Look(rendering, None if rendering in NATURAL else "cyan", "purple", extra)
+    for rendering in RENDERINGS
+    for extra in EXTRAS
+]
 
 
-def looks(count: int, *, held_out: bool = False, seed: int = 0) -> list[Look]:
-    numbers = np.random.default_rng(seed)
-    return [random_look(numbers, held_out=held_out) for _ in range(count)]
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World()
 
 
-def test_held_out_pairs_come_only_when_asked_for() -> None:
-    assert not {(look.rendering, look.extra) for look in looks(3000)} & HELD_OUT_PAIRS
-    asked = {(look.rendering, look.extra) for look in looks(3000, held_out=True)}
+def drawn(world: World, subject: str, look: Look, pose: Pose | None = None) -> Tensor:
+    return world.draw(world.scenes([(subject, look)], pose))[0]
+
+
+def names(scenes: Scenes) -> list[tuple[str, Look]]:
+    return [scenes.look(row) for row in range(len(scenes.subject))]
+
+
+def paper(look: Look) -> Tensor:
+    return torch.tensor(COLOURS[look.paper]).view(3, 1, 1) / 255
+
+
+def test_the_same_numbers_draw_the_same_pictures(world: World) -> None:
+    first, again, other = (world.sample(6, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first.subject, other.subject)
+    pictures = world.draw(first)
+    assert torch.equal(pictures, world.draw(again))
+    assert pictures.shape == (6, 3, 128, 128)
+    assert pictures.dtype == torch.float32
+    assert float(pictures.min()) >= 0
+    assert float(pictures.max()) <= 1
+
+
+def test_a_picture_is_the_same_alone_and_in_a_batch(world: World) -> None:
+    scenes = world.sample(5, torch.Generator().manual_seed(1))
+    together = world.draw(scenes)
+    for row in range(5):
+        alone = world.draw(Scenes(*(part[row : row + 1] for part in scenes)))[0]
+        assert float((alone - together[row]).abs().max()) < 1e-5
+
+
+def test_what_is_held_out_comes_only_when_asked_for(world: World) -> None:
+    usual = {(look.rendering, look.extra, look.hand) for _, look in names(world.sample(4000, torch.Generator()))}
+    assert not {(rendering, extra) for rendering, extra, _ in usual} & HELD_OUT_PAIRS
+    assert not {hand for _, _, hand in usual} & HELD_OUT_HANDS
+    asked = {(r.rendering, r.extra) for _, r in names(world.sample(4000, torch.Generator(), held_out=True))}
     assert asked == {(rendering, extra) for rendering in RENDERINGS for extra in EXTRAS}
-    assert asked >= HELD_OUT_PAIRS
-    assert len(HELD_OUT_PAIRS) == len(HELD_OUT)
+    assert asked - HELD_OUT_PAIRS == {(rendering, extra) for rendering, extra, _ in usual}
+    hands = {look.hand for _, look in names(world.sample(200, torch.Generator(), held_out=True))}
+    assert hands == set(HANDS)
 
 
-def test_every_attribute_comes_and_ink_stands_out() -> None:
-    drawn = looks(3000)
-    assert {look.paper for look in drawn} == set(COLOURS)
-    assert {look.ink for look in drawn} == {None, *COLOURS}
-    for look in [*drawn, *HELD_OUT.values()]:
+def test_every_attribute_comes_and_ink_stands_out(world: World) -> None:
+    scenes = world.sample(6000, torch.Generator())
+    every = names(scenes)
+    assert {subject for subject, _ in every} == set(SUBJECTS)
+    assert {look.paper for _, look in every} == set(COLOURS)
+    assert {look.ink for _, look in every} == {None, *COLOURS}
+    for look in [*(look for _, look in every), *HELD_OUT.values()]:
         assert (look.ink is None) == (look.rendering in NATURAL)
-        if look.ink is not None:
-            apart = np.abs(np.subtract(COLOURS[look.ink], COLOURS[look.paper])).sum()
-            assert apart >= 240, look
+        assert look.ink is None or (look.ink, look.paper) in inks_on_papers()
+    assert SIZES[0] <= float(scenes.size.min()) < float(scenes.size.max()) <= SIZES[1]
+    middle = (scenes.left + scenes.size / 2, scenes.top + scenes.size / 2)
+    assert all(float((side - 0.5).abs().max()) <= SHIFT + 1e-6 for side in middle)
 
 
-def test_a_full_caption_tells_subject_and_look() -> None:
-    for subject in SUBJECTS:
-        for look in [*looks(20, seed=len(subject)), *HELD_OUT.values()]:
-            found = FULL.fullmatch(caption(subject, look))
-            assert found is not None
-            name, rendering, ink, paper, extra, plain = found.groups()
-            assert (name, Look(rendering, ink, paper, extra or plain)) == (subject, look)
+def test_names_and_scenes_are_one(world: World) -> None:
+    scenes = world.sample(50, torch.Generator().manual_seed(2), held_out=True)
+    assert all(torch.equal(a, b) for a, b in zip(world.scenes(names(scenes))[:6], scenes[:6], strict=True))
 
 
-def test_attributes_can_be_left_out() -> None:
-    look = HELD_OUT["neon"]
-    assert caption("owl", look) == "an owl, outline in cyan on navy with glow"
-    assert caption("owl", look, rendering=False, extra=False) == "an owl, in cyan on navy"
-    assert caption("scissors", look, rendering=False, ink=False, paper=False, extra=False) == "scissors"
-    assert random_caption("owl", look, np.random.default_rng(0), drop=0.0) == caption("owl", look)
-    assert random_caption("owl", look, np.random.default_rng(0), drop=1.0) == article("owl") == "an owl"
+@pytest.mark.parametrize("hand", list(HANDS))
+def test_no_pose_cuts_a_subject(world: World, hand: str) -> None:
+    look = Look("stencil", "black", "white", "plain", hand)
+    for corner in (-SHIFT, SHIFT):
+        for first in range(0, len(SUBJECTS), 56):
+            some = list(SUBJECTS)[first : first + 56]
+            pictures = world.draw(world.scenes([(name, look) for name in some], Pose(SIZES[1], (corner, corner))))
+            inked = (pictures - paper(look)).abs().amax(1)
+            rim = inked.clone()
+            rim[:, 5:-5, 5:-5] = 0
+            assert float(rim.max()) < 0.02
+            share = (inked > 0.5).float().mean((1, 2))
+            assert float(share.min()) > 0.02, some[int(share.argmin())]
+            assert float(share.max()) < 0.7, some[int(share.argmax())]
 
 
-def test_vocabulary_has_every_word_as_one_token(tmp_path: Path) -> None:
-    tokenizer = build_word_tokenizer(vocabulary(), tmp_path / "tokenizer", 20)
-    numbers, known = np.random.default_rng(0), set(vocabulary())
-    texts = [random_caption(subject, look, numbers) for subject in SUBJECTS for look in looks(10, seed=len(subject))]
-    texts += [f"{article(subject)} in {style} style" for subject in SUBJECTS for style in HELD_OUT]
-    seen: dict[tuple[int, ...], str] = {}
-    for text, ids in zip(texts, tokenizer(texts).tolist(), strict=True):
-        words = re.findall(r"\w+|,", text)
-        assert set(words) <= known
-        end = ids.index(tokenizer.end)
-        assert end == len(words) + 1
-        assert seen.setdefault(tuple(ids), text) == text
+@pytest.mark.parametrize("rendering", RENDERINGS)
+def test_every_subject_is_seen_on_every_paper(world: World, rendering: str) -> None:
+    """A picture differs from its own paper by more than a third in at least 2 % of its pixels."""
+    papers = list(COLOURS)
+    inks = {paper: [ink for ink, other in inks_on_papers() if other == paper] for paper in papers}
+    jobs = []
+    for index, subject in enumerate(SUBJECTS):
+        on = papers[index % len(papers)]
+        ink = None if rendering in NATURAL else inks[on][index % len(inks[on])]
+        jobs.append((subject, Look(rendering, ink, on, "plain", list(HANDS)[index // len(papers) % len(HANDS)])))
+    for first in range(0, len(jobs), 56):
+        some = jobs[first : first + 56]
+        away = world.draw(world.scenes(some)) - torch.stack([paper(look) for _, look in some])
+        share = (away.abs().amax(1) > 1 / 3).float().mean((1, 2))
+        assert float(share.min()) > 0.02, some[int(share.argmin())]
 
 
-def test_poses_stay_near_the_middle() -> None:
-    numbers = np.random.default_rng(0)
-    poses = [random_pose(numbers) for _ in range(500)]
-    assert all(0.78 <= pose.size <= 0.82 and max(map(abs, pose.shift)) <= 1 / 64 for pose in poses)
-    assert {pose.mirrored for pose in poses} == {False, True}
-    assert {pose.shift for pose in poses} == {(i / 64, j / 64) for i in (-1, 0, 1) for j in (-1, 0, 1)}
+@pytest.mark.parametrize("size", [32, 96, 128])
+def test_every_rendering_and_extra_draws_another_picture(size: int) -> None:
+    pictures = World(size).draw(World(size).scenes([("fox", look) for look in LOOKS]))
+    assert pictures.shape == (len(LOOKS), 3, size, size)
+    assert len({picture.numpy().tobytes() for picture in pictures}) == len(LOOKS)
+    hands = World(size).draw(World(size).scenes([("fox", Look("flat", None, "white", "plain", h)) for h in HANDS]))
+    assert len({picture.numpy().tobytes() for picture in hands}) == len(HANDS)
 
 
-@needs_font
-def test_no_pose_cuts_a_subject() -> None:
-    world, look = World(), Look("silhouette", "black", "white", "plain")
-    paper = np.array(COLOURS["white"]) / 255
-    for subject in SUBJECTS:
-        for corner in ((-1, -1), (1, 1)):
-            picture = world.array(subject, look, Pose(0.82, (corner[0] / 64, corner[1] / 64)))
-            rim = np.concatenate(
-                [picture[:2], picture[-2:], picture[:, :2].swapaxes(0, 1), picture[:, -2:].swapaxes(0, 1)]
-            )
-            assert np.abs(rim - paper).max() < 1e-6, subject
-            assert 0.04 < (np.abs(picture - paper).max(axis=2) > 0.5).mean() < 0.7, subject
+def test_papers_and_pixels_lie_on_the_grid_of_tokens(world: World) -> None:
+    for extra in ("grid", "stripes"):
+        still, moved = (
+            drawn(world, "heart", Look("flat", None, "blue", extra), Pose(shift=(shift, shift)))[:, :8]
+            for shift in (0.0, SHIFT)
+        )
+        assert torch.equal(still, moved)
+        assert float(still.std()) > 0.01
+        tokens = drawn(world, "heart", Look("flat", None, "blue", extra))[:, :8].unflatten(2, (16, 8))
+        assert float((tokens[:, :, 0] - tokens[:, :, 4]).abs().max()) < 1e-6  # every 32 pixels it begins anew
+    blocks = drawn(world, "fox", Look("pixel", None, "blue", "plain")).unflatten(2, (32, 4)).unflatten(1, (32, 4))
+    assert float((blocks - blocks[:, :, :1, :, :1]).abs().max()) == 0
 
 
-@needs_font
-def test_the_same_numbers_draw_the_same_pictures() -> None:
-    first, again = (list(islice(World().samples(np.random.default_rng(3)), 8)) for _ in range(2))
-    other = next(World().samples(np.random.default_rng(4)))
-    for (subject, look, picture), (subject_again, look_again, picture_again) in zip(first, again, strict=True):
-        assert (subject, look) == (subject_again, look_again)
-        assert np.array_equal(picture, picture_again)
-    assert not np.array_equal(first[0][2], other[2])
+def test_mirroring_shifting_and_resizing_move_the_subject(world: World) -> None:
+    still = drawn(world, "rocket", PLAIN, Pose(0.8))
+    assert float((drawn(world, "rocket", PLAIN, Pose(0.8, mirrored=True)) - still.flip(2)).abs().max()) < 1e-4
+    moved = drawn(world, "rocket", PLAIN, Pose(0.8, (1 / 64, -1 / 64)))
+    assert float((moved - still.roll((-2, 2), (1, 2))).abs().max()) < 1e-4
+    assert float(drawn(world, "rocket", PLAIN, Pose(0.85)).sum()) < float(still.sum())
 
 
-@needs_font
-@pytest.mark.parametrize("size", [32, 64])
-def test_every_rendering_and_extra_draws(size: int) -> None:
-    """In range, of the size asked for, and no two alike."""
-    world, seen = World(size), set()
-    for rendering in RENDERINGS:
-        for extra in EXTRAS:
-            look = Look(rendering, None if rendering in NATURAL else "cyan", "purple", extra)
-            picture = world.array("fox", look)
-            assert picture.shape == (size, size, 3)
-            assert picture.dtype == np.float32
-            assert picture.min() >= 0
-            assert picture.max() <= 1
-            seen.add(picture.tobytes())
-    assert len(seen) == len(RENDERINGS) * len(EXTRAS)
+def test_a_tile_is_placed_as_pillow_would(world: World) -> None:
+    """The same cubic as Pillow's resize."""
+    picture = drawn(world, "pizza", Look("flat", None, "green", "plain"), Pose(0.75))
+    tile = layers.read()[0, list(SUBJECTS).index("pizza"), :4]
+    small = Image.fromarray(tile.permute(1, 2, 0).numpy()[..., 3]).resize((96, 96), Image.Resampling.BICUBIC)
+    alpha = torch.from_numpy(np.array(small)).float()[None] / 255
+    inside = picture[:, 16:112, 16:112]
+    solid = alpha[0] == 0
+    assert float((inside - paper(Look("flat", None, "green", "plain")))[:, solid].abs().max()) < 0.02
+    colour = torch.stack(
+        [
+            torch.from_numpy(np.array(Image.fromarray(plane.numpy()).resize((96, 96), Image.Resampling.BICUBIC)))
+            for plane in tile[:3]
+        ]
+    )
+    expected = colour / 255 + (1 - alpha) * paper(Look("flat", None, "green", "plain"))
+    assert float((inside - expected.clamp(0, 1)).abs().max()) < 0.03
 
 
-@needs_font
-def test_mirroring_shifting_and_resizing_move_the_subject() -> None:
-    world, look = World(), Look("silhouette", "black", "white", "plain")
-    still = world.array("rocket", look, Pose(0.8))
-    assert np.abs(world.array("rocket", look, Pose(0.8, mirrored=True)) - still[:, ::-1]).max() < 0.02
-    moved = world.array("rocket", look, Pose(0.8, (1 / 64, -1 / 64)))
-    assert np.abs(moved - np.roll(still, (-1, 1), axis=(0, 1))).max() < 1e-6
-    assert world.array("rocket", look, Pose(0.82)).sum() < still.sum()
+def test_a_picture_is_the_drawing_in_bytes(world: World) -> None:
+    picture = np.asarray(world.picture("cat", HELD_OUT["riso"]), dtype=np.float32) / 255
+    drawing = drawn(world, "cat", HELD_OUT["riso"]).permute(1, 2, 0).numpy()
+    assert np.abs(picture - drawing).max() <= 0.5 / 255 + 1e-6
 
 
-@needs_font
-def test_a_drawing_is_the_array_in_bytes() -> None:
-    world, look = World(), HELD_OUT["riso"]
-    picture = np.asarray(world.draw("cat", look), dtype=np.float32) / 255
-    assert np.abs(picture - world.array("cat", look)).max() <= 0.5 / 255 + 1e-6
+def test_names_that_the_world_lacks_are_refused(world: World) -> None:
+    with pytest.raises(StylemuseError, match=r"unknown subject 'gryphon'.*fox"):
+        world.picture("gryphon", HELD_OUT["neon"])
+    with pytest.raises(StylemuseError, match=r"unknown paper 'teal'.*cream"):
+        world.picture("fox", Look("outline", "cyan", "teal", "glow"))
+    with pytest.raises(StylemuseError, match="ink None for the rendering 'outline'"):
+        world.picture("fox", Look("outline", None, "navy", "glow"))
+    with pytest.raises(StylemuseError, match="ink 'red' for the rendering 'flat'; allowed: none"):
+        world.picture("fox", Look("flat", "red", "navy", "glow"))
+    with pytest.raises(StylemuseError, match="100 pixels"):
+        World(100)
 
 
-@needs_font
-def test_an_unknown_subject_is_named() -> None:
-    with pytest.raises(StylemuseError, match=r"unknown subject 'unicorn'.*fox"):
-        World().draw("unicorn", HELD_OUT["neon"])
+def test_the_layers_file_is_the_one_described(tmp_path: Path) -> None:
+    content = layers.PATH.read_bytes()
+    assert len(content) < 4 << 20
+    notes = (layers.PATH.parent / "README.md").read_text(encoding="utf-8")
+    assert hashlib.sha256(content).hexdigest() in notes
+    for hand, package in layers.PACKAGES.items():
+        assert f"| `{hand}` |" in notes
+        assert f"@iconify-json/{package}" in notes
+        assert (layers.PATH.parent / f"LICENSE-{hand}").is_file()
+    tiles = layers.read()
+    assert tiles.shape == (len(HANDS), len(SUBJECTS), 6, layers.SIDE, layers.SIDE)
+    assert bool((tiles[:, :, :3] <= tiles[:, :, 3:4]).all())  # premultiplied
+    with pytest.raises(StylemuseError, match="is missing"):
+        layers.read(tmp_path / "layers.safetensors")
 
 
-def test_without_the_font_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "rglob", lambda *_: iter(()))
-    with pytest.raises(StylemuseError, match="fonts-noto-color-emoji"):
-        pictograms.font.__wrapped__()
+def test_a_layers_file_for_other_subjects_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "SUBJECTS", {"fox": "fox"})
+    with pytest.raises(StylemuseError, match="made for other subjects"):
+        layers.read()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .looks import COLOURS, EXTRAS, NATURAL, RENDERINGS
+from .looks import COLOURS, EXTRAS, RENDERINGS
 
 if TYPE_CHECKING:
     from .world import Scenes
@@ -35,7 +35,10 @@ class Brush:
         darkness, self.keyline = (part.to(device) for part in (_tones(tiles), _keylines(tiles, colours)))
         self.low, self.span, self.middle = darkness.unbind(1)
         self.colours = torch.cat([torch.zeros(1, 3), colours]).to(device)  # by 1 + index; row 0 is no ink
-        self.light = (colours @ torch.tensor(_LUMA)).to(device)
+        self.luma = torch.tensor(_LUMA, device=device)
+        self.light = self.colours @ self.luma
+        self.white = torch.ones(3, 1, 1, device=device)
+        self.warm = torch.tensor([[1.0, 0.95, 0.72], [1.0, 0.7, 0.2]], device=device).view(2, 3, 1, 1)
         place = torch.arange(size, device=device)
         unit, period = size / 128, size // 8
         line = (place + period // 2) % period < max(1, round(2 * unit))
@@ -46,53 +49,56 @@ class Brush:
         across = (ramp[:, None] ** 2 + ramp[None, :] ** 2).sqrt()
         corner = ((4 - ramp.abs())[:, None] ** 2 + (4 - ramp.abs())[None, :] ** 2).sqrt()
         self.dots = torch.minimum(across, corner)  # to the nearest dot, in 128ths; two dots in 8 x 8
-        self.natural = torch.tensor([name in NATURAL for name in RENDERINGS], device=device)
 
 
 def compose(brush: Brush, planes: Tensor, scenes: Scenes, tile: Tensor) -> Tensor:
     """(B, 3, s, s) from the placed planes (B, 6, s, s), scenes and their tiles' indices."""
     paper = brush.colours[scenes.paper + 1][..., None, None]
     ink = brush.colours[scenes.ink][..., None, None]
-    paper_light = brush.light[scenes.paper][:, None, None, None]
-    contrast = torch.where(paper_light < 0.6, 1.0, 0.12)
-    shape, solid, mark = _mark(brush, planes, scenes, tile, ink, paper_light, contrast)
-    canvas = _patterned(brush, paper, paper_light, scenes)
-    canvas = _surrounded(brush, canvas, paper, paper_light, ink, shape, solid, scenes)
-    return (canvas + shape * (mark - canvas)).clamp(0, 1)
+    light = brush.light[scenes.paper + 1][:, None, None, None]
+    shape, solid, mark = _mark(brush, planes, scenes, tile, ink, light)
+    canvas = _patterned(brush, paper, light, scenes)
+    cover, tone = _surroundings(brush, paper, light, ink, shape, solid, scenes)
+    return torch.lerp(torch.lerp(canvas, tone, cover), mark, shape.clamp(0, 1)).clamp(0, 1)
 
 
 def _mark(
-    brush: Brush, planes: Tensor, scenes: Scenes, tile: Tensor, ink: Tensor, paper_light: Tensor, contrast: Tensor
+    brush: Brush, planes: Tensor, scenes: Scenes, tile: Tensor, ink: Tensor, paper_light: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Coverage (B, 1, s, s) of what is drawn and of the whole subject, and colour (B, 3, s, s) of what is drawn."""
     alpha, contour, inner = planes[:, 3:4], planes[:, 4:5], planes[:, 5:6]
-    colour = (planes[:, :3] / alpha.clamp(min=1e-2)).clamp(0, 1)
-    keyline = brush.keyline[tile, scenes.paper][:, None, None, None]
-    body = torch.maximum(alpha, contour)
-    light = (colour * torch.tensor(_LUMA, device=brush.device).view(3, 1, 1)).sum(1, keepdim=True)
     low, span, middle = (part[tile][:, None, None, None] for part in (brush.low, brush.span, brush.middle))
+    light = torch.einsum("bcyx,c->byx", planes[:, :3], brush.luma)[:, None] / alpha.clamp(min=1e-2)
     tone = ((light - low) / span).clamp(0, 1)
+    firm = (1.8 * alpha - 0.4).clamp(0, 1)  # ink is there or not: no soft lights and smoke around a subject
+    body, strokes = torch.maximum(firm, contour), torch.maximum(contour, inner)
+    contrast = torch.where(paper_light < 0.6, 1.0, 0.12)
+    keyline = brush.keyline[tile, scenes.paper][:, None, None, None]
 
     line = contour * (1 - alpha) * keyline  # around the subject: it takes nothing of it
     flat = (planes[:, :3] + line * contrast) / (alpha + line).clamp(min=1e-2)
     blocks, blocks_colour = _blocks(brush, planes[:, :4], keyline, contrast)
-    tint = torch.where(tone < 0.5, ink * (0.36 + 1.28 * tone), _mix(ink, torch.ones_like(ink), 1.5 * (tone - 0.5)))
-    strokes = torch.maximum(contour, inner)
-    stencil = torch.maximum(alpha * (1 - inner), contour)
-    dark = torch.maximum(strokes, ((middle - tone) * 6 + 0.5).clamp(0, 1))
-    duotone = _mix(ink + 0.62 * (1 - ink), ink * 0.72, dark)
+    stencil = firm * (1 - inner * (1 - contour))
     # Ink stands for what is dark, unless it is lighter than the paper.
-    grey = torch.where((ink * torch.tensor(_LUMA, device=brush.device).view(3, 1, 1)).sum(1, keepdim=True) > paper_light,
-                       tone, 1 - tone)  # fmt: skip
-    dots = ((0.9 + 2.5 * grey - brush.dots) * (brush.size / 128) + 0.5).clamp(0, 1)
-    halftone = torch.maximum(strokes, alpha * dots)
-    # A glowing line is whitest in its middle, as a tube is.
-    tube = _mix(ink, torch.ones_like(ink), 0.55 * strokes.square() * _is(scenes, extra="glow"))
+    grey = torch.where(brush.light[scenes.ink][:, None, None, None] > paper_light, tone, 1 - tone)
+    dots = ((0.9 + 2.1 * grey - brush.dots) * (brush.size / 128) + 0.5).clamp(0, 1)
+    halftone = torch.maximum(strokes, firm * dots)
+    shape = _choose(scenes.rendering, alpha + line, blocks, firm, strokes, stencil, body, halftone)
+    solid = _choose(scenes.rendering, torch.maximum(firm, line), blocks, firm, body, firm, body, body)
 
-    shape = _choose(scenes, alpha + line, blocks, alpha, strokes, stencil, body, halftone)
-    solid = _choose(scenes, alpha + line, blocks, alpha, body, body, body, body)
-    mark = _choose(scenes, flat, blocks_colour, tint, tube, ink, duotone, ink)
-    return shape, solid, mark
+    # An ink's colour at a point: so far towards white, and so bright. A glowing line is whitest in its middle, as a
+    # tube is.
+    dark = torch.maximum(strokes, ((middle - tone) * 8 + 0.5).clamp(0, 1))
+    shining = (brush.light[scenes.ink][:, None, None, None] > paper_light) * _is(scenes.extra, EXTRAS.index("glow"))
+    tube = 0.55 * strokes.square() * shining
+    floor = torch.where(paper_light < 0.3, 0.55, 0.36)  # a tint's darkest part must not fall into the paper
+    none, full = torch.zeros_like(tone), torch.ones_like(tone)
+    white = _choose(scenes.rendering, none, none, (1.5 * tone - 0.75).relu(), tube, none, 0.62 * (1 - dark), none)
+    bright = _choose(
+        scenes.rendering, full, full, (floor + 2 * (1 - floor) * tone).clamp(max=1), full, full, 1 - 0.28 * dark, full
+    )
+    inked = torch.lerp(ink, brush.white, white) * bright
+    return shape, solid, _choose(scenes.rendering, flat, blocks_colour, inked)
 
 
 def _blocks(brush: Brush, planes: Tensor, keyline: Tensor, contrast: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,45 +108,41 @@ def _blocks(brush: Brush, planes: Tensor, keyline: Tensor, contrast: Tensor) -> 
     colour = (means[:, :3] / means[:, 3:].clamp(min=1e-2)).mul(5).round().div(5).clamp(0, 1)
     grown = torch.maximum(F.max_pool2d(solid, (3, 1), 1, (1, 0)), F.max_pool2d(solid, (1, 3), 1, (0, 1)))
     rim = (grown - solid) * keyline
-    both = torch.cat([solid + rim, _mix(colour, contrast, rim)], 1)
-    both = both.repeat_interleave(brush.size // _BLOCKS, 2).repeat_interleave(brush.size // _BLOCKS, 3)
+    both = torch.cat([solid + rim, torch.lerp(colour, contrast.expand_as(colour), rim)], 1)
+    both = F.interpolate(both, scale_factor=brush.size // _BLOCKS, mode="nearest")
     return both[:, :1], both[:, 1:]
 
 
 def _patterned(brush: Brush, paper: Tensor, paper_light: Tensor, scenes: Scenes) -> Tensor:
     """The paper (B, 3, s, s) with its grid or stripes."""
-    pattern = 0.30 * brush.grid * _is(scenes, extra="grid") + 0.16 * brush.stripes * _is(scenes, extra="stripes")
-    return _mix(paper, torch.where(paper_light < 0.6, 1.0, 0.25), pattern)
+    grid, stripes = (_is(scenes.extra, EXTRAS.index(name)) for name in ("grid", "stripes"))
+    line = torch.where(paper_light < 0.6, 1.0, 0.25).expand_as(paper)
+    return torch.lerp(paper, line, 0.30 * grid * brush.grid + 0.16 * stripes * brush.stripes)
 
 
-def _surrounded(
-    brush: Brush,
-    canvas: Tensor,
-    paper: Tensor,
-    paper_light: Tensor,
-    ink: Tensor,
-    shape: Tensor,
-    solid: Tensor,
-    scenes: Scenes,
-) -> Tensor:
-    """The canvas with what the extra puts between paper and subject."""
+def _surroundings(
+    brush: Brush, paper: Tensor, paper_light: Tensor, ink: Tensor, shape: Tensor, solid: Tensor, scenes: Scenes
+) -> tuple[Tensor, Tensor]:
+    """What the extra puts between paper and subject: coverage (B, 1, s, s) and tone (B, 3, 1, 1)."""
     unit = brush.size / 128
-    natural = brush.natural[scenes.rendering][:, None, None, None]
-    warm = torch.where(paper_light < 0.7, 0.72, 0.2)
-    warm = torch.cat([torch.ones_like(warm), torch.where(paper_light < 0.7, 0.95, 0.7), warm], 1)
+    lines = _is(scenes.rendering, RENDERINGS.index("outline"))
+    inside = (2 * solid - 1).relu()  # what lies behind goes on under the subject's soft edge: no seam of paper there
     near, far = _soft(shape, _GLOW[0] * unit, 2), _soft(shape, _GLOW[1] * unit, 4)
-    outline = _is(scenes, rendering="outline")
     # Only lines glow inwards too: where the inside is drawn by what is left out, a halo would fill it.
-    halo = (0.75 * near + 0.9 * far).clamp(0, 0.85) * (1 - solid * (1 - outline)) * _is(scenes, extra="glow")
-    canvas = _mix(canvas, torch.where(natural, warm, ink), halo)
+    halo = (0.75 * near + 0.9 * far).clamp(0, 0.85) * (1 - inside * (1 - lines))
+    warm = torch.where(paper_light < 0.7, brush.warm[0], brush.warm[1])
+    halo_tone = torch.where((scenes.ink == 0)[:, None, None, None], warm, ink)
 
     step = round(_SHADOW * unit)
-    cast = F.pad(torch.lerp(solid, shape, outline), (step, -step, step, -step)) * _is(scenes, extra="shadow")
-    canvas = _mix(canvas, torch.where(paper_light < 0.25, 0.35 + 0.4 * paper, paper * 0.45), cast)
+    cast = F.pad(torch.lerp(solid, shape, lines), (step, -step, step, -step))
+    cast_tone = torch.where(paper_light < 0.25, 0.35 + 0.4 * paper, paper * 0.45)
 
-    rim = ((_soft(solid, 0.5 * _RIM * unit, 2) - 0.02) * 14).clamp(0, 1) * _is(scenes, extra="border")
-    canvas = _mix(canvas, torch.where(paper_light < 0.75, 1.0, 0.3 * paper), rim)
-    return _mix(canvas, paper, solid * _is(scenes, extra="border"))
+    rim = ((_soft(solid, 0.5 * _RIM * unit, 2) - 0.02) * 14).clamp(0, 1) * (1 - inside)
+    rim_tone = torch.where(paper_light < 0.75, 1.0, 0.3 * paper)
+
+    none = torch.zeros_like(cast)
+    cover = _choose(scenes.extra, none, halo, none, cast, rim, none)
+    return cover, _choose(scenes.extra, paper, halo_tone, paper, cast_tone, rim_tone, paper)
 
 
 def _soft(plane: Tensor, sigma: float, coarse: int) -> Tensor:
@@ -155,22 +157,18 @@ def _soft(plane: Tensor, sigma: float, coarse: int) -> Tensor:
     return F.interpolate(small, scale_factor=coarse, mode="bilinear", align_corners=False)
 
 
-def _mix(one: Tensor, other: Tensor, share: Tensor) -> Tensor:
-    return one + share * (other - one)
+def _is(chosen: Tensor, index: int) -> Tensor:
+    """(B,) -> (B, 1, 1, 1) fp32: 1 where the row's number is that."""
+    return (chosen == index).float()[:, None, None, None]
 
 
-def _is(scenes: Scenes, *, rendering: str | None = None, extra: str | None = None) -> Tensor:
-    """(B, 1, 1, 1) fp32: 1 where the row has that rendering or extra."""
-    found = scenes.extra == EXTRAS.index(extra) if extra else scenes.rendering == RENDERINGS.index(rendering or "")
-    return found.float()[:, None, None, None]
-
-
-def _choose(scenes: Scenes, *drawn: Tensor) -> Tensor:
-    """Each row's own of what the renderings, in their order, have drawn."""
-    chosen = drawn[0]
+def _choose(chosen: Tensor, *drawn: Tensor) -> Tensor:
+    """Each row's own of what is drawn for the numbers 0, 1, ...; the last stands for all numbers above it too."""
+    result = drawn[0]
     for index, other in enumerate(drawn[1:], 1):
-        chosen = torch.where((scenes.rendering == index)[:, None, None, None], other, chosen)
-    return chosen
+        if other is not drawn[index - 1]:
+            result = torch.where((chosen >= index)[:, None, None, None], other, result)
+    return result
 
 
 def _tones(tiles: Tensor) -> Tensor:
@@ -182,8 +180,19 @@ def _tones(tiles: Tensor) -> Tensor:
     count = inside.sum(1, keepdim=True)
     low, high = (ordered.gather(1, (count * share).long().clamp(max=few.shape[2] - 1)) for share in (0.06, 0.92))
     span = (high - low).clamp(min=0.25)
-    tone = ((light[:, :] - low) / span).clamp(0, 1) * inside
-    middle = (tone.sum(1, keepdim=True) / count.clamp(min=1)).clamp(0.3, 0.7)
+    low = (low + high - span) / 2  # where there is one tone only, it is a middle one
+    tone = ((light - low) / span).clamp(0, 1)
+    # Where the two sides' means lie farthest apart for their sizes (Otsu 1979); between these means.
+    best, middle = torch.zeros_like(low), torch.full_like(low, 0.5)
+    for cut in torch.linspace(0.1, 0.9, 17).tolist():
+        sides = [(inside & (tone < cut)).float(), (inside & (tone >= cut)).float()]
+        sizes = [side.sum(1, keepdim=True) for side in sides]
+        means = [
+            (tone * side).sum(1, keepdim=True) / size.clamp(min=1) for side, size in zip(sides, sizes, strict=True)
+        ]
+        spread = sizes[0] * sizes[1] * (means[1] - means[0]) ** 2
+        middle = torch.where(spread > best, (means[0] + means[1]) / 2, middle)
+        best = torch.maximum(best, spread)
     return torch.cat([low, span, middle], 1)
 
 

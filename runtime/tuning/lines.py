@@ -16,7 +16,7 @@ from torch import Tensor
 # In pixels of a picture of 480; a subject is drawn about 105 of 128 wide, so 4.6 of these are one pixel there.
 _SMOOTH = 2.4
 _CONTOUR, _INNER = 7.6, 6.2  # the pens' radii: strokes of 3.3 and 2.7 pixels
-_WEAK, _STRONG = 0.028, 0.055  # gradient: what a step of 0.17 and of 0.33 in one channel gives
+_WEAK, _STRONG = 0.016, 0.032  # gradient: what a step of 0.10 and of 0.19 in one channel gives
 _SHORT = 26  # pixels of a line: what is shorter is dropped
 _DARK, _PATCHES = 0.26, 0.30  # lightness of what is inked whole, unless more than this share of the subject is
 

@@ -29,7 +29,7 @@ SUBJECTS: dict[str, str] = {
     "red apple": "red-apple", "banana": "banana", "pineapple": "pineapple", "cherries": "cherries",
     "strawberry": "strawberry", "grapes": "grapes", "watermelon": "watermelon", "lemon": "lemon", "pear": "pear",
     "avocado": "avocado", "carrot": "carrot", "pizza": "pizza", "hamburger": "hamburger", "hot dog": "hot-dog",
-    "french fries": "french-fries", "fried egg": "cooking", "pretzel": "pretzel", "cheese": "cheese-wedge",
+    "french fries": "french-fries", "fried egg": "cooking", "pretzel": "pretzel",
     "donut": "doughnut", "cookie": "cookie", "cake": "birthday-cake", "cupcake": "cupcake",
     "ice cream": "soft-ice-cream", "lollipop": "lollipop", "popcorn": "popcorn", "teapot": "teapot",
     "cocktail": "cocktail-glass",
@@ -49,7 +49,7 @@ SUBJECTS: dict[str, str] = {
     # things and figures
     "umbrella": "umbrella", "balloon": "balloon", "key": "key", "lock": "locked", "anchor": "anchor",
     "trophy": "trophy", "crown": "crown", "robot": "robot", "ghost": "ghost", "skull": "skull", "alien": "alien",
-    "heart": "red-heart", "pumpkin": "jack-o-lantern", "snowman": "snowman", "teddy bear": "teddy-bear",
+    "heart": "red-heart", "pumpkin": "jack-o-lantern", "teddy bear": "teddy-bear",
     "light bulb": "light-bulb", "camera": "camera", "scissors": "scissors", "hammer": "hammer", "wrench": "wrench",
     "gear": "gear", "magnet": "magnet", "magnifying glass": "magnifying-glass-tilted-left", "pencil": "pencil",
     "palette": "artist-palette", "book": "open-book", "envelope": "envelope", "gift": "wrapped-gift", "bell": "bell",
@@ -60,15 +60,15 @@ SUBJECTS: dict[str, str] = {
     "sunglasses": "sunglasses", "dress": "dress", "shirt": "t-shirt", "high heel": "high-heeled-shoe",
     "top hat": "top-hat", "backpack": "backpack",
     # music, sports, games
-    "guitar": "guitar", "trumpet": "trumpet", "drum": "drum", "saxophone": "saxophone", "microphone": "microphone",
-    "music note": "musical-notes", "headphones": "headphone", "soccer ball": "soccer-ball",
+    "guitar": "guitar", "trumpet": "trumpet", "saxophone": "saxophone", "microphone": "microphone",
+    "music note": "musical-note", "headphones": "headphone", "soccer ball": "soccer-ball",
     "basketball": "basketball", "dice": "game-die", "puzzle piece": "puzzle-piece", "kite": "kite",
     "skateboard": "skateboard", "roller skate": "roller-skate", "target": "bullseye", "joystick": "joystick",
 }  # fmt: skip
 """Each subject's name, and what the vector sets call it."""
 
 WITHOUT_ARTICLE = frozenset(
-    {"cherries", "grapes", "french fries", "cheese", "popcorn", "scissors", "sunglasses", "headphones", "dice"}
+    {"cherries", "grapes", "french fries", "popcorn", "scissors", "sunglasses", "headphones", "dice"}
 )
 
 HANDS: dict[str, str] = {"fluent": "", "noto": "detailed", "twemoji": ""}
@@ -145,7 +145,7 @@ def article(subject: str, hand: str = "fluent") -> str:
     words = f"{HANDS[hand]} {subject}".strip()
     if subject in WITHOUT_ARTICLE:
         return words
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    return f"{'an' if words[0] in 'aeiou' and words != 'unicorn' else 'a'} {words}"
 
 
 def phrases(look: Look) -> dict[str, str]:
