@@ -112,7 +112,7 @@ def _random(model: str, seed: int) -> Networks:
 def tiny_networks(config: AmusedConfig, seed: int = 0) -> Networks:
     """Networks around a transformer with the widths of `TINY`."""
     vq = VQConfig((8, 12), 1, latent_channels=6, num_vq_embeddings=TINY.codebook_size, norm_num_groups=4)
-    text = {**TEXT, "vocab_size": 1000, "hidden_size": TINY.encoder_hidden_size, "intermediate_size": 16}
+    text = {**TEXT, "vocab_size": 2048, "hidden_size": TINY.encoder_hidden_size, "intermediate_size": 16}
     text |= {"num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": TINY.cond_embed_dim}
     return random_networks(config, vq=vq, text=text, seed=seed)
 

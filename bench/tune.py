@@ -204,6 +204,17 @@ def write(file: Path, device: torch.device, found: Sequence[Timed]) -> None:
     file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
+def compiled(met: Mapping[Problem, Met], seconds: float) -> list[str]:
+    """All launches of these problems, compiled by as many processes as there are cores; what went wrong."""
+    launches = [
+        (each.calls[index], launch)
+        for each in met.values()
+        for launch in each.choices
+        for index in compiling.distinct(each.calls)
+    ]
+    return compiling.warm(launches, workers=min(14, os.cpu_count() or 1), seconds=seconds)
+
+
 def tune(pipe: Pipeline, rows: Sequence[int], folder: Path, file: Path, *, minutes: float, repeats: int) -> None:
     """All of it; see the module's text."""
     device, until = torch.device(pipe.network.device), time.monotonic() + 60 * minutes
@@ -222,12 +233,8 @@ def tune(pipe: Pipeline, rows: Sequence[int], folder: Path, file: Path, *, minut
             met = problems(pipe, number)
             if index == 0 and device.type == "cuda":
                 began = time.monotonic()
-                compiling.warm(
-                    [(each.calls[i], launch) for each in met.values() for launch in each.choices
-                     for i in compiling.distinct(each.calls)],
-                    workers=min(14, os.cpu_count() or 1), seconds=until - began,
-                )  # fmt: skip
-                note({"compiled": time.monotonic() - began})
+                faults = compiled(met, until - began)
+                note({"compiled": time.monotonic() - began, "faults": faults})
             # The most expensive first: what the defaults take of a step.
             cost = {problem: _cost(each) for problem, each in met.items()}
             for problem in sorted(met, key=lambda each: -cost[each]):
@@ -260,6 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=5.0, help="the time there is")
     parser.add_argument("--repeats", type=count, default=8, help="replays of a launch")
     parser.add_argument("--quantization", choices=("int8", "fp8"), help="of the projections' weights and inputs")
+    parser.add_argument("--compile-only", action="store_true", help="leave all launches in Triton's cache, and end")
     parser.add_argument("--folder", type=Path, default=Path("out/gpu"), help="where the measurements lie")
     parser.add_argument("--file", type=Path, help="the tuned file; the GPU's in kernels/tuned if left out")
     parser.common()
@@ -271,6 +279,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.model, device=str(machine.device), seed=options.seed, slots=1, rank=16, backend="triton",
         quantization=options.quantization,
     )  # fmt: skip
+    if options.compile_only:
+        for fault in compiled(problems(pipe, options.rows[0]), 60 * options.minutes):
+            print(fault, file=sys.stderr)
+        return
     gpu = torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else None
     file = options.file or (options.folder / "tuned.json" if gpu is None else tuned_file(gpu))
     tune(pipe, options.rows, options.folder, file, minutes=options.minutes, repeats=options.repeats)
