@@ -194,6 +194,7 @@ def measure_tones(tiles: Tensor) -> Tensor:
         spread = sizes[0] * sizes[1] * (means[1] - means[0]) ** 2
         middle = torch.where(spread > best, (means[0] + means[1]) / 2, middle)
         best = torch.maximum(best, spread)
+    middle = torch.where(best > 0.01 * count**2, middle, 0.3)  # a subject of one tone is light
     return torch.cat([low, span, middle], 1)
 
 
