@@ -71,7 +71,7 @@ def _mark(
     light = torch.einsum("bcyx,c->byx", planes[:, :3], brush.luma)[:, None] / alpha.clamp(min=1e-2)
     tone = ((light - low) / span).clamp(0, 1)
     firm = (1.8 * alpha - 0.4).clamp(0, 1)  # ink is there or not: no soft lights and smoke around a subject
-    body, strokes = torch.maximum(firm, contour), torch.maximum(contour, inner)
+    strokes = torch.maximum(contour, inner)
     whole = torch.maximum((5 * alpha - 1).clamp(0, 1), contour)  # glass belongs to the subject
     contrast = torch.where(paper_light < 0.6, 1.0, 0.12)
     keyline = brush.keyline[tile, scenes.paper][:, None, None, None]
@@ -84,7 +84,7 @@ def _mark(
     grey = torch.where(brush.light[scenes.ink][:, None, None, None] > paper_light, tone, 1 - tone)
     dots = ((0.9 + 2.1 * grey - brush.dots) * (brush.size / 128) + 0.5).clamp(0, 1)
     halftone = torch.maximum(strokes, firm * dots)
-    shape = _choose(scenes.rendering, alpha + line, blocks, firm, strokes, stencil, body, halftone)
+    shape = _choose(scenes.rendering, alpha + line, blocks, firm, strokes, stencil, whole, halftone)
     solid = _choose(scenes.rendering, torch.maximum(firm, line), blocks, firm, whole, firm, whole, whole)
 
     # An ink's colour at a point: so far towards white, and so bright. A glowing line is whitest in its middle, as a
