@@ -138,10 +138,11 @@ def test_every_subject_is_seen_on_every_paper(world: World, rendering: str) -> N
 
 @pytest.mark.parametrize("size", [32, 96, 128])
 def test_every_rendering_and_extra_draws_another_picture(size: int) -> None:
-    pictures = World(size).draw(World(size).scenes([("fox", look) for look in LOOKS]))
+    world = World(size)
+    pictures = world.draw(world.scenes([("fox", look) for look in LOOKS]))
     assert pictures.shape == (len(LOOKS), 3, size, size)
     assert len({picture.numpy().tobytes() for picture in pictures}) == len(LOOKS)
-    hands = World(size).draw(World(size).scenes([("fox", Look("flat", None, "white", "plain", h)) for h in HANDS]))
+    hands = world.draw(world.scenes([("fox", Look("flat", None, "white", "plain", hand)) for hand in HANDS]))
     assert len({picture.numpy().tobytes() for picture in hands}) == len(HANDS)
 
 

@@ -28,12 +28,12 @@ _LOST = 0.10  # share of such a rim that a subject may have without a keyline
 class Brush:
     """What is the same for all pictures of one size: patterns, colours, and what each tile's colours are like."""
 
-    def __init__(self, tiles: Tensor, size: int, device: torch.device) -> None:
-        """``tiles`` (n, 6, s, s) uint8 as the layers file gives them."""
-        self.size, self.device = size, device
+    def __init__(self, tones: Tensor, keylines: Tensor, size: int, device: torch.device) -> None:
+        """``tones`` and ``keylines`` of all tiles, as `measure_tones` and `measure_keylines` find them."""
+        self.size = size
+        self.low, self.span, self.middle = tones.to(device).unbind(1)
+        self.keyline = keylines.to(device)
         colours = torch.tensor(list(COLOURS.values())) / 255
-        darkness, self.keyline = (part.to(device) for part in (_tones(tiles), _keylines(tiles, colours)))
-        self.low, self.span, self.middle = darkness.unbind(1)
         self.colours = torch.cat([torch.zeros(1, 3), colours]).to(device)  # by 1 + index; row 0 is no ink
         self.luma = torch.tensor(_LUMA, device=device)
         self.light = self.colours @ self.luma
@@ -71,7 +71,8 @@ def _mark(
     light = torch.einsum("bcyx,c->byx", planes[:, :3], brush.luma)[:, None] / alpha.clamp(min=1e-2)
     tone = ((light - low) / span).clamp(0, 1)
     firm = (1.8 * alpha - 0.4).clamp(0, 1)  # ink is there or not: no soft lights and smoke around a subject
-    body, strokes = torch.maximum(firm, contour), torch.maximum(contour, inner)
+    strokes = torch.maximum(contour, inner)
+    whole = torch.maximum((5 * alpha - 1).clamp(0, 1), contour)  # glass belongs to the subject
     contrast = torch.where(paper_light < 0.6, 1.0, 0.12)
     keyline = brush.keyline[tile, scenes.paper][:, None, None, None]
 
@@ -83,8 +84,8 @@ def _mark(
     grey = torch.where(brush.light[scenes.ink][:, None, None, None] > paper_light, tone, 1 - tone)
     dots = ((0.9 + 2.1 * grey - brush.dots) * (brush.size / 128) + 0.5).clamp(0, 1)
     halftone = torch.maximum(strokes, firm * dots)
-    shape = _choose(scenes.rendering, alpha + line, blocks, firm, strokes, stencil, body, halftone)
-    solid = _choose(scenes.rendering, torch.maximum(firm, line), blocks, firm, body, firm, body, body)
+    shape = _choose(scenes.rendering, alpha + line, blocks, firm, strokes, stencil, whole, halftone)
+    solid = _choose(scenes.rendering, torch.maximum(firm, line), blocks, firm, whole, firm, whole, whole)
 
     # An ink's colour at a point: so far towards white, and so bright. A glowing line is whitest in its middle, as a
     # tube is.
@@ -171,7 +172,7 @@ def _choose(chosen: Tensor, *drawn: Tensor) -> Tensor:
     return result
 
 
-def _tones(tiles: Tensor) -> Tensor:
+def measure_tones(tiles: Tensor) -> Tensor:
     """(n, 3): the lightness at which a tile's tones begin, their span, and the tone that parts dark from light."""
     few = tiles[:, :, 2::4, 2::4].float().flatten(2) / 255
     inside = few[:, 3] > 0.9
@@ -193,14 +194,16 @@ def _tones(tiles: Tensor) -> Tensor:
         spread = sizes[0] * sizes[1] * (means[1] - means[0]) ** 2
         middle = torch.where(spread > best, (means[0] + means[1]) / 2, middle)
         best = torch.maximum(best, spread)
+    middle = torch.where(best > 0.01 * count**2, middle, 0.3)  # a subject of one tone is light
     return torch.cat([low, span, middle], 1)
 
 
-def _keylines(tiles: Tensor, colours: Tensor) -> Tensor:
+def measure_keylines(tiles: Tensor) -> Tensor:
     """(n, colours) fp32: 1 where a tile's rim is lost on a paper of that colour, so that a line must be drawn."""
     few = tiles[:, :, 1::2, 1::2].float().flatten(2) / 255
     rim = (few[:, 4] > 0.5) & (few[:, 3] > 0.6)
     colour = few[:, :3] / few[:, 3:4].clamp(min=1e-2)
     count = rim.sum(1).clamp(min=1)
-    lost = [(((colour - paper.view(3, 1)).abs().mean(1) < _CLOSE) & rim).sum(1) / count for paper in colours]
+    papers = torch.tensor(list(COLOURS.values())) / 255
+    lost = [(((colour - paper.view(3, 1)).abs().mean(1) < _CLOSE) & rim).sum(1) / count for paper in papers]
     return (torch.stack(lost, 1) > _LOST).float()

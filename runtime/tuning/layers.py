@@ -59,9 +59,9 @@ def draw(body: Mapping[str, Any], box: tuple[float, float, float, float], side: 
     """(4, side, side) fp32: what lies in ``box`` (left, top, width, height) of an icon, premultiplied RGBA."""
     import resvg_py  # the only use of the library
 
-    svg = (
+    svg = (  # with a size in whole pixels: without one, resvg rounds the box up to whole units
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="{" ".join(map(str, box))}">{body["body"]}</svg>'
+        f'width="{side}" height="{side}" viewBox="{" ".join(map(str, box))}">{body["body"]}</svg>'
     )
     png = resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side, skip_system_fonts=True)
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"), dtype=np.float32) / 255

@@ -10,6 +10,7 @@ drawings a subject comes from) is held out too; its drawings are the truth for a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -121,9 +122,10 @@ def hands(*, held_out: bool) -> list[str]:
     return [hand for hand in HANDS if held_out or hand not in HELD_OUT_HANDS]
 
 
-def inks_on_papers() -> list[tuple[str, str]]:
+@cache
+def inks_on_papers() -> tuple[tuple[str, str], ...]:
     """The (ink, paper) pairs that can be told apart."""
-    return [(ink, paper) for ink in COLOURS for paper in COLOURS if _told_apart(ink, paper)]
+    return tuple((ink, paper) for ink in COLOURS for paper in COLOURS if _told_apart(ink, paper))
 
 
 def random_look(generator: np.random.Generator, *, held_out: bool = False) -> Look:

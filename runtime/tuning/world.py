@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..core import StylemuseError
 from . import layers
-from .drawing import Brush, compose
+from .drawing import Brush, compose, measure_keylines, measure_tones
 from .looks import COLOURS, EXTRAS, HANDS, NATURAL, RENDERINGS, SUBJECTS, Look, hands, inks_on_papers, pairs
 
 # Poses stay near one: a token grid of 8 pixels sees another pattern at every shift, and a model of this size learns
@@ -77,8 +77,9 @@ class World:
         if size < 32 or size % 32:
             raise StylemuseError(f"a world of {size} pixels was asked for; a multiple of 32 is needed")
         self.size, self.device = size, torch.device(device)
-        self._layers = _layers().flatten(0, 1).to(self.device)
-        self._brush = Brush(_layers().flatten(0, 1), size, self.device)
+        tiles, tones, keylines = _material()
+        self._layers = tiles.to(self.device)
+        self._brush = Brush(tones, keylines, size, self.device)
         self._inks = self._table(
             [(list(COLOURS).index(ink), list(COLOURS).index(paper)) for ink, paper in inks_on_papers()]
         )
@@ -193,5 +194,7 @@ def _index(what: str, name: str, names: Sequence[str] | dict[str, str] | dict[st
 
 
 @cache
-def _layers() -> Tensor:
-    return layers.read()
+def _material() -> tuple[Tensor, Tensor, Tensor]:
+    """All tiles (hands x subjects, 6, SIDE, SIDE) uint8, and what is measured on them."""
+    tiles = layers.read().flatten(0, 1)
+    return tiles, measure_tones(tiles), measure_keylines(tiles)
