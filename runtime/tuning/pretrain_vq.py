@@ -175,8 +175,9 @@ def _latents(model: VQ, world: World, chance: torch.Generator, dtype: torch.dtyp
     """Latents (M, D) of a few hundred pictures."""
     made = []
     for _ in range(_SPREAD_OVER // 32):
+        pictures = _pictures(world, chance, 32)
         with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-            latent = model.latent(_pictures(world, chance, 32))
+            latent = model.latent(pictures)
         made.append(latent.float().permute(0, 2, 3, 1).flatten(0, 2))
     return torch.cat(made)
 
