@@ -42,7 +42,7 @@ def write_styles(model: Path, names: list[str], *, steps: int | None, rank: int,
     write_extra(model, {"defaults": DEFAULTS, "styles": []})
     pipe, world = load(str(model), device="cpu", dtype="float32"), World()
     for name in names:
-        picture = world.draw(REFERENCES[name], HELD_OUT[name])
+        picture = world.picture(REFERENCES[name], HELD_OUT[name])
         prompt = f"{article(REFERENCES[name])} in {name} style"
 
         def progress(step: int, steps: int, loss: float, style: str = name) -> None:
