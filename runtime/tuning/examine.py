@@ -22,7 +22,7 @@ from .judge_training import SAMPLES, answers, draw, train_judge
 from .looks import SUBJECTS, Look, random_look
 from .world import Scenes, World
 
-_FRESH = 2_000_000_000  # seeds from here on draw what no training has seen; the generator takes 32 bits of them
+_FRESH = 2_000_000_000  # seeds from here on draw what no training has seen; a generator takes 32 bits of them
 _BATCH = 256
 
 
@@ -76,8 +76,8 @@ def separation(judge: Judge, triples: int = 1000, *, seed: int = 0, near: bool =
     """Share of random triples in which style wins over subject.
 
     In a triple, picture a is nearer in style to another subject in the same look than to its own subject in another
-    look. All three are of one hand; poses are random. ``near``: the other look differs in one attribute only, the hardest
-    other look there is.
+    look. All three are of one hand; poses are random. ``near``: the other look differs in one attribute only,
+    the hardest other look there is.
     """
     numbers, world = np.random.default_rng([seed, 2]), World(PICTURE)
     chance = torch.Generator().manual_seed(_FRESH + seed)

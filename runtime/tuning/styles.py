@@ -22,12 +22,12 @@ from .world import World
 REFERENCES = {
     "neon": "fox",
     "blueprint": "rocket",
-    "riso": "cat",
+    "riso": "frog",
     "retro": "owl",
-    "ember": "elephant",
+    "ember": "pumpkin",
     "arcade": "mushroom",
 }
-"""The subject of each style's one picture."""
+"""The subject of each style's one picture: one that shows what the look does, lines and fills, light and dark."""
 
 STEPS = {"ember": 240}
 """Steps of tuning where they are not the recipe's: two flat colours take longer to tell which of them is the paper."""
