@@ -105,9 +105,10 @@ def train(run: Path, minutes: float, *, batch: int, rate: float = RATE, resumabl
         codes.counts, codes.sums = state["counts"].to(device), state["sums"].to(device)
         codes.started, done, before = bool(state["started"]), int(state["done"]), float(state["seconds"])
         chance.manual_seed(seed + done)
-    elif (run / f"{NAME}-1.safetensors").exists():  # of a lean run: its time isn't counted
+    elif (run / f"{NAME}-1.safetensors").exists():
         model.load_state_dict(load_weights(run, NAME))
-        average, codes = Average(model, 0.998), CodebookAverages(model, chance, started=True)
+        average = Average(model, 0.998)
+        codes = CodebookAverages(model, chance, started=True)
     world, clock = World(PICTURE, device), Clock(minutes, before)
     losses, steps, since = torch.zeros(3, device=device), 0, done
     told, kept = clock.seconds, clock.seconds
