@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..machine import choose
 from ..models.vq import VQ, ResnetBlock, VQConfig, channels_last
-from .training import Average, Clock, load, load_weights, report, save, save_weights, warm_hold_decay
+from .training import Average, Clock, State, finite, load, load_weights, report, save, save_weights, warm_hold_decay
 from .world import World
 
 CONFIG = VQConfig(
@@ -117,7 +117,11 @@ def train(run: Path, minutes: float, *, batch: int, rate: float = RATE, resumabl
         facts = {"samples": done, "seconds": clock.seconds}
         save_weights(run, NAME, average.values, torch.float32, facts)
         if resumable:
-            parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state()}
+            parts: State = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "average": average.state(),
+            }
             parts |= {"counts": codes.counts, "sums": codes.sums, "started": codes.started}
             save(run / "tokenizer.pt", parts | facts | {"done": done})
 
@@ -136,6 +140,7 @@ def train(run: Path, minutes: float, *, batch: int, rate: float = RATE, resumabl
             average.update(model)
             done, steps = done + batch, steps + 1
             if clock.seconds - told > _REPORT:
+                finite(losses.sum())
                 total, error, commit = (losses / steps).tolist()
                 speed, used = (done - since) / (clock.seconds - told), int((codes.counts > _DEAD).sum())
                 report(stage=NAME, done=done, loss=total, error=error, commit=commit, codes=used, speed=speed,
