@@ -28,6 +28,8 @@ from .muon import Muon
 from .training import (
     Average,
     Clock,
+    State,
+    finite,
     load,
     load_weights,
     mask_at_random,
@@ -197,6 +199,15 @@ class Step:
             losses = self._run(*self._given)
         self._graph, self._losses = graph, losses
 
+    def restore(self, state: State) -> None:
+        """From a checkpoint of any device. How Adam is computed stays as it is here: a rate that came from a file lies
+        on the host, and a graph would keep the number that it had when it was captured."""
+        own = [{key: group[key] for key in ("lr", "capturable", "fused")} for group in self.adam.param_groups]
+        self.muon.load_state_dict(state["muon"])
+        self.adam.load_state_dict(state["adam"])
+        for group, kept in zip(self.adam.param_groups, own, strict=True):
+            group.update(kept)
+
     def _run(self, ids: Tensor, tokens: Tensor, masked: Tensor, at: Tensor) -> Tensor:
         capturing = self._device.type == "cuda"
         with (
@@ -277,8 +288,7 @@ def train(
     done, before = 0, 0.0
     if state := load(run / "transformer.pt"):
         model.load_state_dict(state["model"])
-        step.muon.load_state_dict(state["muon"])
-        step.adam.load_state_dict(state["adam"])
+        step.restore(state)
         average.restore(state["average"])
         done, before = int(state["done"]), float(state["seconds"])
     elif (run / f"{NAME}-1.safetensors").exists():
@@ -317,6 +327,7 @@ def train(
         average.update(model)
         done, steps, taken = done + batch, steps + 1, taken + 1
         if clock.seconds - told > _REPORT:
+            finite(losses.sum())
             told_loss, told_place = (losses / steps).tolist()
             speed = (done - since) / (clock.seconds - told)
             report(stage=NAME, done=done, loss=told_loss, place=told_place, speed=speed, seconds=clock.seconds)
