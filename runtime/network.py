@@ -20,13 +20,13 @@ from torch import Tensor
 
 from .adapters.bank import Bank
 from .captured import Captured, Function, capture
-from .conditioning import Layout
 from .core import Sizes
 from .folder import Networks
 from .kernels.dispatch import REFERENCE, Kernels
 from .kernels.quantization import NAMES
 from .kernels.rows import BASE, RowAdapters, RowSlots
 from .machine import Machine
+from .models.conditioning import Layout, SideBySide
 from .models.layers import Conditioning, Linear
 from .models.text import TextOutput
 from .models.vq import channels_last
@@ -102,6 +102,7 @@ class TorchNetwork:
         self.tokenizer = networks.tokenizer
         self._stacked: _Stacked | None = None
         self._layouts: dict[int, Layout] = {}
+        self._side_by_side = SideBySide(self.transformer) if "linear" in kernels.triton else None
         self._encode, self._draw = self._captured(self.text_encoder), self._captured(self._drawn)
         self._condition = self._captured(self._conditioning)
 
@@ -180,9 +181,14 @@ class TorchNetwork:
         """`Amused.condition` of rows, packed; ``styles`` are their slots and scales, as `_styles` has them."""
         # All places: where a style has nothing its rank is 0, and no other launch is made for it.
         adapters = RowAdapters(RowSlots(*styles), self.bank.sites) if styles else None
-        made = self.transformer.condition(text, pooled, micro, adapters)
-        made = {name: value[: len(text)] for name, value in made.items()}
-        return (self._layouts.setdefault(text.shape[1], Layout.of(made)).pack(made),)
+        if self._side_by_side is not None:
+            packed, layout = self._side_by_side.condition(text, pooled, micro, adapters)
+        else:
+            made = self.transformer.condition(text, pooled, micro, adapters)
+            layout = Layout.of(made)
+            packed = layout.pack({name: value[: len(text)] for name, value in made.items()})
+        self._layouts[text.shape[1]] = layout
+        return (packed,)
 
     def _styles(self, rows: Sequence[tuple[int, float]]) -> tuple[Tensor, ...]:
         """Slots and scales of rows (slot, scale); nothing where no style changes keys or values of the text."""

@@ -222,7 +222,7 @@ class Bucket:
             return
         self._launch(rows, branches)
         if self._captured:
-            self._graphs[key] = capture(lambda: self._launch(rows, branches), self._device, self._pool)
+            self._graphs[key] = self._capture(rows, branches)
 
     def _launch(self, rows: int, branches: int) -> None:
         state = {name: getattr(self._canvases, name)[:rows] for name in Canvases.__dataclass_fields__}
@@ -232,6 +232,9 @@ class Bucket:
         hidden, (weight, bias) = self.network.hidden(canvases.inputs), self.network.head()
         mask_id, kernels = self.network.mask_id, self.network.kernels
         decoding_step(hidden, weight, bias, canvases, schedules, mask_id, kernels=kernels)
+
+    def _capture(self, rows: int, branches: int) -> Graph:
+        return capture(lambda: self._launch(rows, branches), self._device, self._pool)
 
 
 def _fill(target: Tensor, values: Sequence[Any]) -> None:
