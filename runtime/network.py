@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,12 +19,14 @@ from PIL import Image
 from torch import Tensor
 
 from .adapters.bank import Bank
+from .captured import Captured, Function, capture
 from .core import Sizes
 from .folder import Networks
 from .kernels.dispatch import REFERENCE, Kernels
 from .kernels.quantization import NAMES
 from .kernels.rows import BASE, RowAdapters, RowSlots
 from .machine import Machine
+from .models.conditioning import Layout, SideBySide
 from .models.layers import Conditioning, Linear
 from .models.text import TextOutput
 from .models.vq import channels_last
@@ -40,20 +43,29 @@ _TOGETHER = 8
 """Contexts made in one pass, at most. On a CPU a product's order of sums hangs on the number of its rows where they are
 few, and a context has one vector for many tokens of text: vectors come in this number always, with zeros if need be."""
 
+_TEXT = ".kv"
+"""How the places end where a style changes keys and values of the text, all that it changes of a context."""
+
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What stays the same over the steps for one row: conditioning tensors (1, ...), grid, adapter slot and scale."""
+    """What stays the same over the steps for one row: its conditioning (1, T), grid, adapter slot and scale."""
 
-    conditioning: Conditioning
+    packed: Tensor
+    layout: Layout
     grid: tuple[int, int]
     slot: int
     scale: float
 
     @property
+    def conditioning(self) -> Conditioning:
+        """Tensors (1, ...) by block name."""
+        return self.layout.views(self.packed)
+
+    @property
     def bytes(self) -> int:
-        """The memory its tensors take."""
-        return sum(value.nbytes for value in self.conditioning.values())
+        """The memory its numbers take."""
+        return self.packed.nbytes
 
 
 class _Stacked(NamedTuple):
@@ -85,9 +97,20 @@ class TorchNetwork:
             self._quantized = networks.transformer.quantize(quantization, machine.device)
         self.transformer = networks.transformer.to(machine.device, machine.dtype).rest(kernels)
         self.vq = channels_last(networks.vq.to(machine.device, machine.dtype))
-        self.text_encoder = networks.text.to(machine.device)
+        # On a GPU in the step's format, which takes what it makes anyway; on a CPU fp32 costs little.
+        self.text_encoder = networks.text.to(machine.device, None if machine.device.type == "cpu" else machine.dtype)
         self.tokenizer = networks.tokenizer
         self._stacked: _Stacked | None = None
+        self._layouts: dict[int, Layout] = {}
+        self._side_by_side = SideBySide(self.transformer) if "linear" in kernels.triton else None
+        self._encode, self._draw = self._captured(self.text_encoder), self._captured(self._drawn)
+        self._condition = self._captured(self._conditioning)
+
+    def _captured(self, function: Function) -> Captured:
+        """One launch where launches are slow to call; the reference reads slots on the host, so it is called."""
+        if self.device.type == "cpu" or "linear" not in self.kernels.triton:
+            return Captured(function, None)
+        return Captured(function, partial(capture, device=self.device))
 
     @property
     def name(self) -> str:
@@ -124,8 +147,8 @@ class TorchNetwork:
 
     @torch.no_grad()
     def text(self, prompt: str) -> TextOutput:
-        """One prompt -> features (1, L, D) and pooled vector (1, P), fp32."""
-        return self.text_encoder(self.tokenizer([prompt]).to(self.device))
+        """One prompt -> features (1, L, D) and pooled vector (1, P)."""
+        return TextOutput(*self._encode(self.tokenizer([prompt]).to(self.device)))
 
     @torch.no_grad()
     def context(self, text: TextOutput, grid: tuple[int, int], slot: int = BASE, scale: float = 1.0) -> Context:
@@ -144,16 +167,33 @@ class TorchNetwork:
         texts, grids, slots, scales = zip(*rows, *filler, strict=True)
         factor, extra = self.vq.config.factor, _TOGETHER - len(texts)
         micro = [[width * factor, height * factor, 0.0, 0.0, AESTHETIC_SCORE] for height, width in grids]
-        made = self.transformer.condition(
-            torch.cat([text.penultimate for text in texts]),
+        penultimate = torch.cat([text.penultimate for text in texts])
+        (made,) = self._condition(
+            penultimate,
             F.pad(torch.cat([text.pooled for text in texts]), (0, 0, 0, extra)),
             F.pad(torch.tensor(micro, device=self.device), (0, 0, 0, extra)),
-            self._adapters(list(zip(slots, scales, strict=True))),
+            *self._styles(list(zip(slots, scales, strict=True))),
         )
-        return [
-            Context({name: _own(value, row) for name, value in made.items()}, grid, slot, scale)
-            for row, (_, grid, slot, scale) in enumerate(rows)
-        ]
+        layout = self._layouts[penultimate.shape[1]]
+        return [Context(_own(made, row), layout, grid, slot, scale) for row, (_, grid, slot, scale) in enumerate(rows)]
+
+    def _conditioning(self, text: Tensor, pooled: Tensor, micro: Tensor, *styles: Tensor) -> tuple[Tensor]:
+        """`Amused.condition` of rows, packed; ``styles`` are their slots and scales, as `_styles` has them."""
+        # All places: where a style has nothing its rank is 0, and no other launch is made for it.
+        adapters = RowAdapters(RowSlots(*styles), self.bank.sites) if styles else None
+        if self._side_by_side is not None:
+            packed, layout = self._side_by_side.condition(text, pooled, micro, adapters)
+        else:
+            made = self.transformer.condition(text, pooled, micro, adapters)
+            layout = Layout.of(made)
+            packed = layout.pack({name: value[: len(text)] for name, value in made.items()})
+        self._layouts[text.shape[1]] = layout
+        return (packed,)
+
+    def _styles(self, rows: Sequence[tuple[int, float]]) -> tuple[Tensor, ...]:
+        """Slots and scales of rows (slot, scale); nothing where no style changes keys or values of the text."""
+        touched = self.bank.touched(slot for slot, _ in rows if slot != BASE)
+        return self._slots(rows) if any(name.endswith(_TEXT) for name in touched) else ()
 
     @torch.no_grad()
     def features(self, tokens: Tensor, contexts: Sequence[Context]) -> Tensor:
@@ -170,7 +210,7 @@ class TorchNetwork:
         """Rows by slot, the base's first: what styles of one rank add is then few products, and few shapes of them."""
         order = sorted(range(len(contexts)), key=lambda row: contexts[row].slot)
         rows = [contexts[row] for row in order]
-        conditioning = {name: torch.cat([row.conditioning[name] for row in rows]) for name in rows[0].conditioning}
+        conditioning = rows[0].layout.views(torch.cat([row.packed for row in rows]))
         adapters = self._adapters([(row.slot, row.scale) for row in rows])
         if order == list(range(len(order))):
             return _Stacked(contexts, None, None, conditioning, adapters)
@@ -192,11 +232,14 @@ class TorchNetwork:
     @torch.no_grad()
     def pixels(self, tokens: Tensor) -> list[Image.Image]:
         """(B, h, w) codes -> B pictures, one at a time: bf16 convolutions round otherwise in another batch."""
-        pictures = []
-        for part in tokens.split(1):
-            drawn = self.vq.decode(part.to(self.device)).float().permute(0, 2, 3, 1)
-            pictures += [Image.fromarray(array) for array in (drawn * 255).round().to(torch.uint8).cpu().numpy()]
-        return pictures
+        drawn = [self._draw(part)[0] for part in tokens.to(self.device).split(1)]
+        # One way to the host: a copy waits for what was launched before it.
+        return [Image.fromarray(array) for array in torch.cat(drawn).cpu().numpy()]
+
+    def _drawn(self, codes: Tensor) -> tuple[Tensor]:
+        """(B, h, w) codes -> (B, H, W, 3) bytes."""
+        drawn = self.vq.decode(codes).float().permute(0, 2, 3, 1)
+        return ((drawn * 255).round().to(torch.uint8),)
 
     @torch.no_grad()
     def codes(self, picture: Image.Image, grid: tuple[int, int]) -> Tensor:
@@ -211,9 +254,12 @@ class TorchNetwork:
         """None where every row is base: then nothing of an adapter is computed, or looked at."""
         if all(slot == BASE for slot, _ in rows):
             return None
+        touched = self.bank.touched(slot for slot, _ in rows if slot != BASE)
+        return RowAdapters(RowSlots(*self._slots(rows)), touched)
+
+    def _slots(self, rows: Sequence[tuple[int, float]]) -> tuple[Tensor, Tensor]:
         slots = torch.tensor([slot for slot, _ in rows], device=self.device)
-        scales = torch.tensor([scale for _, scale in rows], dtype=torch.float32, device=self.device)
-        return RowAdapters(RowSlots(slots, scales), self.bank.touched(slot for slot, _ in rows if slot != BASE))
+        return slots, torch.tensor([scale for _, scale in rows], dtype=torch.float32, device=self.device)
 
 
 def _own(values: Tensor, row: int) -> Tensor:

@@ -26,9 +26,8 @@ class StaticRows:
         self._scales = torch.ones(rows, device=network.device)
         self._kinds: list[frozenset[str]] = [frozenset()] * rows
         blank = network.context(network.text(""), grid)
-        self._conditioning: Conditioning = {
-            name: value.repeat(rows, *[1] * (value.ndim - 1)) for name, value in blank.conditioning.items()
-        }
+        self._packed = blank.packed.repeat(rows, 1)
+        self._conditioning: Conditioning = blank.layout.views(self._packed)
 
     @property
     def mask_id(self) -> int:
@@ -57,9 +56,7 @@ class StaticRows:
     def seat(self, row: int, context: Context) -> None:
         """Write a context's numbers into a row."""
         assert context.grid == self._grid
-        # All of them in a launch or two, for there are a hundred.
-        places = [self._conditioning[name][row] for name in context.conditioning]
-        torch._foreach_copy_(places, [value[0] for value in context.conditioning.values()])
+        self._packed[row] = context.packed[0]
         self._slots[row], self._scales[row] = context.slot, context.scale
         if context.slot != BASE:
             self._kinds[row] = frozenset(_kind(name) for name in self._network.bank.touched([context.slot]))

@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "models": {"core", "kernels", "models"},
     "adapters": {"core", "kernels", "adapters"},
-    "decoding": {"core", "kernels", "decoding"},
+    "decoding": {"core", "captured", "kernels", "decoding"},
+    "captured": set[str](),
     "arrays": set[str](),
     "engine": {
         "core",

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from stylemuse.captured import Graph, capture
 from stylemuse.kernels.canvases import Canvases, Schedules
 from stylemuse.kernels.decoding_step import decoding_step
 from stylemuse.kernels.dispatch import Kernels
@@ -111,7 +112,7 @@ class Bucket:
         self._seats: dict[int, _Seat] = {}
         self._device, self._pool = device, pool
         self._captured = graph and device.type == "cuda" and network.capturable
-        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[Hashable, Graph] = {}
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
@@ -232,15 +233,8 @@ class Bucket:
         mask_id, kernels = self.network.mask_id, self.network.kernels
         decoding_step(hidden, weight, bias, canvases, schedules, mask_id, kernels=kernels)
 
-    def _capture(self, rows: int, branches: int) -> torch.cuda.CUDAGraph:
-        """The launches as a graph; capturing runs nothing. Other threads may use the device meanwhile."""
-        graph = torch.cuda.CUDAGraph()
-        with (
-            torch.cuda.device(self._device),
-            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
-        ):
-            self._launch(rows, branches)
-        return graph
+    def _capture(self, rows: int, branches: int) -> Graph:
+        return capture(lambda: self._launch(rows, branches), self._device, self._pool)
 
 
 def _fill(target: Tensor, values: Sequence[Any]) -> None:

@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from stylemuse.captured import Pool
+
 from .bucket import Bucket, StaticNetwork
 from .loop import Canvas, Rows, Timings
 
@@ -47,7 +49,7 @@ class Buckets:
         graph: bool = True,
     ) -> None:
         self._network, self._device, self._rows, self._graph = network, device, rows, graph
-        self._pool = torch.cuda.graph_pool_handle() if graph and device.type == "cuda" else None
+        self._pool: Pool | None = None  # made with the first bucket: not everybody who loads a model draws
         self._buckets: OrderedDict[tuple[int, ...], Bucket] = OrderedDict()  # the one used last at the end
         self._lock = threading.Lock()
 
@@ -77,6 +79,8 @@ class Buckets:
         if needed > rows:
             rows = _power_of_two(needed)
             rows = rows if self._rows is None else max(needed, min(rows, self._rows))
+        if self._pool is None and self._graph and self._device.type == "cuda":
+            self._pool = Pool(self._device)
         return Bucket(
             self._network(rows, canvases[0].shape),
             rows=rows,
@@ -85,7 +89,7 @@ class Buckets:
             positions=len(canvases[0].tokens),
             device=self._device,
             graph=self._graph,
-            pool=self._pool,
+            pool=None if self._pool is None else self._pool.handle,
         )
 
 

@@ -266,15 +266,18 @@ class Amused(nn.Module):
         text (R, L, E): the text encoder's features; pooled (R, P); micro (R, 5): width and height in pixels, crop x
         and y, aesthetic score. Returns tensors with R in front, by block name.
         """
-        dtype = self.encoder_proj.weight.dtype
-        text = self.encoder_proj_layer_norm(self.encoder_proj(text.to(dtype)))
-        sizes = sinusoids(micro, self.config.micro_cond_encode_dim).flatten(1)
-        vector = self.cond_embed(torch.cat([pooled.to(dtype), sizes.to(dtype)], dim=1))
-        activated = F.silu(vector)
+        text, activated = self.prepare(text, pooled, micro)
         made: Conditioning = {}
         for block in (self.down_block, *self.transformer_layers, self.up_block):
             block.condition(text, activated, made, adapters)
         return made
+
+    def prepare(self, text: Tensor, pooled: Tensor, micro: Tensor) -> tuple[Tensor, Tensor]:
+        """What the blocks make their conditioning of: the text (R, L, D), and silu of the condition vector (R, D)."""
+        dtype = self.encoder_proj.weight.dtype
+        text = self.encoder_proj_layer_norm(self.encoder_proj(text.to(dtype)))
+        sizes = sinusoids(micro, self.config.micro_cond_encode_dim).flatten(1)
+        return text, F.silu(self.cond_embed(torch.cat([pooled.to(dtype), sizes.to(dtype)], dim=1)))
 
     def enter(self, tokens: Tensor, conditioning: Conditioning, adapters: RowAdapters | None = None) -> Tensor:
         """Tokens (R, h, w) -> the transformer layers' input (R, positions of the working grid, D)."""
