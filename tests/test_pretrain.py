@@ -204,7 +204,6 @@ def test_the_rate_rises_stays_and_falls(done: float, factor: float) -> None:
     assert warm_hold_decay(done, 1.0, warm=0.02, decay=0.35) == pytest.approx(max(factor, 0.01), abs=2e-3)
 
 
-@pytest.mark.xfail(strict=True, reason="the shipped weights are those of the recipe before, at 64 px")
 def test_the_recipe_makes_the_shipped_weights() -> None:
     folder = Path(training.__file__).parents[1] / "assets" / "demo"
     for part, config in (("vqvae", pretrain_vq.CONFIG), ("transformer", painter.CONFIG)):
