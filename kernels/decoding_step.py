@@ -17,7 +17,7 @@ follows the number of masked positions while the launch stays the same. *Reveal*
 spans, scores, finds the n-th least confidence by bisection on its bits, and writes tokens, the new list, and what the
 network sees next. Apart, logits and noise of M positions would be written and read, 16 M V bytes (33 MB of 256 x 8192)
 with the noise's integers on top; here 16 M V / 256 bytes are. Registers hold one tile of logits beside its noise: that
-limits the tiles (`stylemuse bench compiled`). Not measured on a GPU yet.
+limits the tiles (`stylemuse bench compiled`).
 
 A picture's result does not depend on its neighbours: spans are cut by codes alone, a branch that is not there adds
 nothing to the sum. Tokens are those of the reference but for the rounding of logits and logarithms: in half precision

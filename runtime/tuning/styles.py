@@ -29,8 +29,8 @@ REFERENCES = {
 }
 """The subject of each style's one picture: one that shows what the look does, lines and fills, light and dark."""
 
-STEPS = {"ember": 240}
-"""Steps of tuning where they are not the recipe's: two flat colours take longer to tell which of them is the paper."""
+STEPS: dict[str, int] = {}
+"""Steps of tuning where they are not the recipe's."""
 
 DEFAULTS = {"steps": 12, "scale": 1.5}
 # Found by trial: guidance pushes codes that are rare in the style onto its paper, as specks; without any the papers are
