@@ -67,6 +67,7 @@ CONFIG = AmusedConfig(
 _RATE = 2e-3  # of AdamW: embeddings, convolutions, vectors
 _MATRIX_RATE = 4e-3  # of Muon: all other matrices
 _SILENT = 0.1  # share of pictures without text
+_PLAIN = 0.2  # share of pictures that a subject's name alone may ask for
 _PLACE = 0.2  # weight of the loss on places
 _READ = 0.65  # share of a batch's positions that is read out; 2 / pi are masked
 _POOL = 1 << 17  # tokenized pictures at hand on a GPU
@@ -238,7 +239,7 @@ class Pool:
 
     @torch.no_grad()
     def _fresh(self, count: int) -> tuple[Tensor, Scenes]:
-        scenes = self._world.sample(count, self._chance)
+        scenes = self._world.sample(count, self._chance, plain=_PLAIN)
         pictures = self._world.draw(scenes).contiguous(memory_format=torch.channels_last)
         with torch.autocast(pictures.device.type, self._dtype, enabled=self._dtype != torch.float32):
             latent = self._tokenizer.latent(pictures)
