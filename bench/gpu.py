@@ -83,7 +83,7 @@ def tiny(plan: Plan) -> Plan:
     """The same on sizes that a CPU can interpret."""
     return replace(
         plan, config=TINY, model="tiny", rows=(2,), branches=(1, 2), batches=(1,), decoding=2, mixed=2,
-        registered=(1, 3), repeats=1, swaps=2, implementations=("reference", "triton"), minutes=0.03,
+        registered=(1, 3), repeats=1, swaps=2, implementations=("reference", "triton"), minutes=0.5,
     )  # fmt: skip
 
 

@@ -62,8 +62,10 @@ def choices(
     if architecture in ("sm_80", "gfx942"):
         # Without asynchronous matrix units the tiles being multiplied lie in registers.
         depth, stages = 64 if eight else 32, 2 if architecture == "gfx942" else 3
-        wide_tile = _launch(128, 64 if gated else 128, depth, 8, stages)
+        wide_tile = _launch(128, 128, depth, 8, stages)
         narrow = _launch(64, 64, depth, 8 if gated else 4, stages), _launch(64, 32, depth, 4, stages)
+        if gated:  # two large accumulators beside a pair spill
+            return narrow
         return (wide_tile, *narrow) if outputs >= 2048 else (narrow[0], wide_tile, narrow[1])
     depth = 128 if eight else 64
     if gated:

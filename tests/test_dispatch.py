@@ -104,14 +104,17 @@ def test_a_measured_launch_comes_before_the_default(tmp_path: Path, monkeypatch:
     entry = {"tiles": {"BLOCK": 64}, "warps": 8, "stages": 3}
     (tmp_path / "tuned").mkdir()
     file = tmp_path / "tuned" / "nvidia-h100-80gb-hbm3.json"
-    file.write_text(json.dumps({"gpu": "NVIDIA H100 80GB HBM3", "launches": {"linear": {"a problem": entry}}}))
+    file.write_text(json.dumps({"gpu": "NVIDIA H100 80GB HBM3", "launches": {"linear": {"a problem": {"512": entry}}}}))
     monkeypatch.setattr(tuning, "__file__", str(tmp_path / "tuning.py"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     for cached in (tuning._tuned, tuning._gpu):
         cached.cache_clear()
     gpu = torch.device("cuda", 0)
-    assert pick("linear", "a problem", gpu, (default,)) == measured
-    assert pick("linear", "another", gpu, (default, measured)) == default
-    assert pick("linear", "a problem", torch.device("cpu"), (default,)) == default
+    assert pick("linear", "a problem", gpu, (default, measured), 600) == measured
+    assert pick("linear", "a problem", gpu, (default,), 600) == default, (
+        "it is none of the choices: its bits may differ"
+    )
+    assert pick("linear", "another", gpu, (default, measured), 600) == default
+    assert pick("linear", "a problem", torch.device("cpu"), (default, measured), 600) == default
     for cached in (tuning._tuned, tuning._gpu):
         cached.cache_clear()

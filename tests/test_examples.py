@@ -73,11 +73,18 @@ def test_they_are_short_and_use_nothing_of_ours(name: str) -> None:
 
 def test_the_embedded_model_in_one_call(pipe: sm.Pipeline, exported: Path) -> None:
     """Six pictures of five requests: styles, a blend, recipes of guidance, schedules, negative prompts."""
+    ramped = sm.StyleDrop(1.0, 1.0)
     requests = [
         sm.Request("a fox", style="neon", seed=1, n=2),
         sm.Request("a cat", style={"retro": 0.5, "riso": 0.5}, seed=2, guidance=sm.StyleDrop(0.5, 2.0)),
         sm.Request("a castle", seed=3, negative_prompt="on black", guidance=sm.CFG(3.0)),
-        sm.Request("a frog", style="ember", seed=4, sampling=sm.Sampling(6, schedule="styledrop", ramp="linear")),
+        sm.Request(
+            "a frog",
+            style="ember",
+            seed=4,
+            guidance=ramped,
+            sampling=sm.Sampling(6, schedule="styledrop", ramp="linear"),
+        ),
         sm.Request("an owl", style="arcade", seed=5, guidance=sm.ObjectInStyle("blueprint", "an owl", style=0.5)),
     ]
     session = onnxruntime.InferenceSession(exported / "generate.onnx", providers=["CPUExecutionProvider"])

@@ -14,19 +14,19 @@ from stylemuse.kernels.dispatch import triton_kernels
 from stylemuse.kernels.response_norm import response_norm
 from stylemuse.models.amused import AmusedConfig
 
-AIM = 270
+AIM = 331
 LAYERS = 22
 AMUSED = {
     "embedding": 1,
     "conv blocks": 6 * 5,
-    "text blocks": 6 * 2 * 2,
-    "in and out": 2,
-    "self-attention": LAYERS * 3,
-    "text attention": LAYERS * 2,
-    "MLP": LAYERS * 2,
+    "text blocks": 6 * 2 * 4,
+    "in and out": 2 * 2,
+    "self-attention": LAYERS * 4,
+    "text attention": LAYERS * 4,
+    "MLP": LAYERS * 3,
     "head": 2 + 2 + 2,
 }
-"""Of amused-256. The head: projection and norm, the step's end in two, and the copies of tokens and masks."""
+"""Of amused-256; a norm before a projection is a launch of its own. The head: projection and norm, the step's end in two, and the copies of tokens and masks."""
 
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])
@@ -41,7 +41,7 @@ def test_what_bottlenecks_and_other_sizes_add() -> None:
     """A launch where a bottleneck is; norm, patches and product, and product and patches, where the grid is halved."""
     config = AmusedConfig(num_hidden_layers=2, num_res_blocks=1)
     plain, necks = (launches.count(config, adapter=each) for each in ("none", "bottleneck"))
-    assert necks == plain | {"text attention": 2 * 3, "MLP": 2 * 3}
+    assert necks == plain | {"text attention": 2 * 5, "MLP": 2 * 4}
     halved = launches.count(replace(config, downsample=True, upsample=True), branches=3)
     assert halved == plain | {"resample": 3 + 2}
 

@@ -18,7 +18,7 @@ from stylemuse.machine import choose
 from stylemuse.models.amused import AmusedConfig
 from stylemuse.models.vq import VQConfig
 
-TEXT = networks.TEXT | {"vocab_size": 900, "hidden_size": TINY["encoder_hidden_size"], "num_attention_heads": 2}
+TEXT = networks.TEXT | {"vocab_size": 2048, "hidden_size": TINY["encoder_hidden_size"], "num_attention_heads": 2}
 TEXT |= {"intermediate_size": 16, "num_hidden_layers": 2, "projection_dim": TINY["cond_embed_dim"]}
 
 
