@@ -26,7 +26,9 @@ AMUSED = {
     "MLP": LAYERS * 3,
     "head": 2 + 2 + 2,
 }
-"""Of amused-256; a norm before a projection is a launch of its own. The head: projection and norm, the step's end in two, and the copies of tokens and masks."""
+"""Of amused-256; a norm before a projection is a launch of its own.
+
+The head: projection and norm, the step's end in two, and the copies of tokens and masks."""
 
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])
