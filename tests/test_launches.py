@@ -40,12 +40,12 @@ def test_a_step_of_the_published_depth(adapter: str) -> None:
 
 
 def test_what_bottlenecks_and_other_sizes_add() -> None:
-    """A launch where a bottleneck is; norm, patches and product, and product and patches, where the grid is halved."""
+    """A launch where a bottleneck is; norm, patches and product, and norm, product and patches, where the grid is halved."""
     config = AmusedConfig(num_hidden_layers=2, num_res_blocks=1)
     plain, necks = (launches.count(config, adapter=each) for each in ("none", "bottleneck"))
     assert necks == plain | {"text attention": 2 * 5, "MLP": 2 * 4}
     halved = launches.count(replace(config, downsample=True, upsample=True), branches=3)
-    assert halved == plain | {"resample": 3 + 2}
+    assert halved == plain | {"resample": 4 + 2}
 
 
 def test_noted_launches_are_those_that_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
