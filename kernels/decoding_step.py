@@ -42,8 +42,9 @@ from . import sampling
 from .canvases import Canvases, Schedules
 from .device import follow, multiply
 from .dispatch import REFERENCE, STEP, Kernels, constant, forward_only, jit, operator, tl
-from .noise import gumbel, position_gumbel, token_words
+from .noise import gumbel, token_words
 from .product import operand
+from .reveal import add_mass, better, reveal_choices, reveal_kernel
 from .tuning import (
     INTERPRETER,
     Call,
@@ -64,7 +65,6 @@ SPAN = 128
 
 _SPAN = constant(SPAN)
 _MINUS_INFINITY = constant(float("-inf"))
-_NO_CODE = constant(float(1 << 24))
 
 
 def decoding_step_reference(
@@ -122,39 +122,6 @@ def _launch(places: int, codes: int, inputs: int, warps: int, stages: int) -> La
 def blend_choices(inputs: int) -> tuple[Launch, ...]:
     """The launches of the branches' sum for a width: about 2048 numbers a program."""
     return (Launch({"BLOCK_PLACES": max(1, 2048 // power_of_two(inputs))}, 4, 1),)
-
-
-def reveal_choices(places: int) -> tuple[Launch, ...]:
-    """The launches of the revealing program for grids of so many positions: a whole grid lies in its registers.
-
-    So do several spans of it while they are joined, and the counts of a digit: `BITS` of the confidence at a time.
-    """
-    block = power_of_two(places)
-    bits = 4 if block <= 256 else 2 if block <= 1024 else 1
-    return (_revealing(block, max(1, min(16, 4096 // block)), bits, max(1, min(8, block // 32))),)
-
-
-def _revealing(places: int, spans: int, bits: int, warps: int) -> Launch:
-    return Launch({"BLOCK_PLACES": places, "BLOCK_SPANS": spans, "BITS": bits}, warps, 1)
-
-
-@jit
-def _better(best: tl.tuple, other: tl.tuple) -> tl.tuple:
-    """Of two (value, code, logit) the one of the larger value; the first where they are equal."""
-    better = other[0] > best[0]
-    return (
-        tl.where(better, other[0], best[0]),
-        tl.where(better, other[1], best[1]),
-        tl.where(better, other[2], best[2]),
-    )
-
-
-@jit
-def _add_mass(top: tl.tensor, mass: tl.tensor, other: tl.tensor) -> tl.tuple:
-    """A running sum mass * exp(top) rescaled to the larger of top and other: (top, mass, finite top to subtract)."""
-    higher = tl.maximum(top, other)
-    shift = tl.where(higher == _MINUS_INFINITY, 0.0, higher)
-    return higher, mass * tl.exp(top - shift), shift
 
 
 @jit
@@ -262,7 +229,7 @@ def _draw_kernel(
             logits += tl.load(bias + code, code < CODES, 0.0).to(tl.float32)[None, :]
         logits = tl.where((code < CODES)[None, :], logits, _MINUS_INFINITY)
 
-        top, mass, shift = _add_mass(top, mass, tl.max(logits, axis=1))
+        top, mass, shift = add_mass(top, mass, tl.max(logits, axis=1))
         mass += tl.sum(tl.exp(logits - shift[:, None]), axis=1)
 
         block = first // 4 + tl.arange(0, BLOCKS)
@@ -272,105 +239,17 @@ def _draw_kernel(
         chosen = (parts[0] + temperature * gumbel(words[0]), codes, parts[0])
         for word in tl.static_range(1, 4):
             value = parts[word] + temperature * gumbel(words[word])
-            chosen = _better(chosen, (value, codes + word, parts[word]))
+            chosen = better(chosen, (value, codes + word, parts[word]))
         value = tl.max(chosen[0], axis=1)
         token = tl.min(tl.where(chosen[0] == value[:, None], chosen[1], CODES - 1), axis=1)
         logit = tl.max(tl.where(chosen[1] == token[:, None], chosen[2], _MINUS_INFINITY), axis=1)
-        best = _better(best, (value, token, logit))
+        best = better(best, (value, token, logit))
 
     at = partials + (picture * tl.num_programs(1) + span).to(tl.int64) * positions + entry
     tl.store(at, best[0], live)
     tl.store(at + plane, best[1].to(tl.float32), live)
     tl.store(at + 2 * plane, best[2], live)
     tl.store(at + 3 * plane, top + tl.log(mass), live)
-
-
-@jit
-def _reveal_kernel(
-    partials: tl.tensor,
-    rows: tl.tensor,
-    masked_after: tl.tensor,
-    temperatures: tl.tensor,
-    raw_logit: tl.tensor,
-    seeds: tl.tensor,
-    steps: tl.tensor,
-    counts: tl.tensor,
-    places: tl.tensor,
-    drawn: tl.tensor,
-    inputs: tl.tensor,
-    rows_picture: tl.tensor,
-    schedule: tl.tensor,
-    positions: tl.tensor,
-    spans: tl.tensor,
-    plane: tl.tensor,
-    mask_id: tl.tensor,
-    BRANCHES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-    BLOCK_PLACES: tl.constexpr,
-    BLOCK_SPANS: tl.constexpr,
-    BITS: tl.constexpr,
-) -> None:
-    """One picture: join its spans, score, choose what is masked again, and end the step."""
-    follow(DEPENDENT)
-    picture = tl.program_id(0)
-    count = tl.load(counts + picture)
-    if count == 0:
-        return
-    step = tl.load(steps + picture)
-    seed = tl.load(seeds + picture)
-    now = picture * schedule + step
-    entry = tl.arange(0, BLOCK_PLACES)
-    live = entry < count
-    place = tl.load(places + picture * positions + entry, live, 0)
-
-    none = tl.full((BLOCK_PLACES,), _MINUS_INFINITY, tl.float32)
-    best = (none, tl.zeros((BLOCK_PLACES,), tl.float32), none)
-    top, mass = none, tl.zeros((BLOCK_PLACES,), tl.float32)
-    for first in range(0, spans, BLOCK_SPANS):
-        span = first + tl.arange(0, BLOCK_SPANS)
-        inside = (span < spans)[:, None] & live[None, :]
-        at = partials + (picture * spans + span).to(tl.int64)[:, None] * positions + entry[None, :]
-        values, codes = tl.load(at, inside, _MINUS_INFINITY), tl.load(at + plane, inside, _NO_CODE)
-        logits = tl.load(at + 2 * plane, inside, _MINUS_INFINITY)
-        log_masses = tl.load(at + 3 * plane, inside, _MINUS_INFINITY)
-        value = tl.max(values, axis=0)
-        # Of equal ones the lowest code; codes of spans that are not there are beyond all.
-        code = tl.min(tl.where(values == value[None, :], codes, _NO_CODE), axis=0)
-        logit = tl.max(tl.where(codes == code[None, :], logits, _MINUS_INFINITY), axis=0)
-        best = _better(best, (value, code, logit))
-        top, mass, shift = _add_mass(top, mass, tl.max(log_masses, axis=0))
-        mass += tl.sum(tl.exp(log_masses - shift[None, :]), axis=0)
-    token = best[1].to(tl.int64)
-
-    score = best[2] - tl.where(tl.load(raw_logit + picture), 0.0, top + tl.log(mass))
-    confidence = score + tl.load(temperatures + now) * position_gumbel(seed, step, place)
-    # As unsigned numbers in the order of the confidences; both zeros are one.
-    bits = tl.where(confidence == 0.0, 0.0, confidence).to(tl.int32, bitcast=True)
-    key = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
-    wanted = tl.minimum(tl.load(masked_after + now), count)
-    # The largest number with fewer than `wanted` keys below it, digit by digit.
-    threshold = tl.zeros((1,), tl.uint32)
-    digit = tl.arange(0, 1 << BITS).to(tl.uint32)
-    for shift in tl.static_range(32 - BITS, -1, -BITS):
-        candidate = threshold | (digit << shift)
-        below = tl.sum((live[None, :] & (key[None, :] < candidate[:, None])).to(tl.int32), axis=1)
-        threshold |= tl.max(tl.where(below < wanted, digit, 0), axis=0) << shift
-    below = live & (key < threshold)
-    equal = (live & (key == threshold)).to(tl.int32)
-    left = wanted - tl.sum(below.to(tl.int32), axis=0)
-    again = below | ((equal > 0) & (tl.cumsum(equal, axis=0) <= left))
-
-    # All threads have read the picture's state before any of it is written.
-    tl.debug_barrier()
-    order = tl.cumsum(again.to(tl.int32), axis=0) - 1
-    tl.store(places + picture * positions + order, place, again)
-    tl.store(drawn + picture * positions + place, token, live)
-    for branch in tl.static_range(BRANCHES):
-        row = tl.load(rows + picture * rows_picture + branch)
-        seen = inputs + row.to(tl.int64) * positions + place
-        tl.store(seen, tl.where(again, mask_id, token), live & (entry * 0 + row >= 0))
-    tl.store(counts + picture, wanted)
-    tl.store(steps + picture, step + 1)
 
 
 def calls(
@@ -425,7 +304,7 @@ def calls(
         lambda tiles: (ceil_div(positions, tiles["BLOCK_PLACES"]), spans, pictures),
     )  # fmt: skip
     reveal = Call(
-        _reveal_kernel,
+        reveal_kernel,
         {"masked_after": schedules.masked_after, "temperatures": schedules.choice_temperature,
          "raw_logit": schedules.raw_logit, "drawn": canvases.tokens, "inputs": canvases.inputs,
          "spans": spans, "mask_id": mask_id, **state, **branched, **left},
