@@ -28,11 +28,11 @@ import torch
 
 import stylemuse as sm
 from stylemuse.kernels import tuning
-from stylemuse.kernels.dispatch import obstacle, triton_kernels
+from stylemuse.kernels.dispatch import obstacle
 from stylemuse.machine import choose
 from stylemuse.models.amused import AmusedConfig
 
-from . import adapters, kernels, measure, networks, peers, report, steps, targets
+from . import adapters, kernels, measure, networks, peers, report, steps, targets, tune
 from .arguments import Arguments
 from .networks import TINY
 
@@ -67,6 +67,8 @@ class Plan:
     repeats: int = 20
     swaps: int = 50
     implementations: tuple[str, ...] = kernels.IMPLEMENTATIONS
+    folder: Path = Path("out/gpu")
+    minutes: float = 1.5
 
     def pipeline(self, slots: int = 32) -> sm.Pipeline:
         """Triton where it can run."""
@@ -81,7 +83,7 @@ def tiny(plan: Plan) -> Plan:
     """The same on sizes that a CPU can interpret."""
     return replace(
         plan, config=TINY, model="tiny", rows=(2,), branches=(1, 2), batches=(1,), decoding=2, mixed=2,
-        registered=(1, 3), repeats=1, swaps=2, implementations=("reference", "triton"),
+        registered=(1, 3), repeats=1, swaps=2, implementations=("reference", "triton"), minutes=0.03,
     )  # fmt: skip
 
 
@@ -107,36 +109,22 @@ def correct(plan: Plan) -> Document:
 
 
 def sweep(plan: Plan) -> Document:
-    """Time every launch of every problem that the operations of a step meet, and keep the fastest."""
+    """The fastest launch of every problem of a step, by `tune`."""
     reason = obstacle(plan.device)
     if reason:
         return {"call": [{"name": "launch sweep", "skipped": reason}]}
-    triton, found = triton_kernels(plan.device), []
-    best: dict[str, dict[str, Any]] = {}
-    for operation in kernels.operations(plan.config, plan.device, plan.dtype, rows=plan.rows[-1], seed=plan.seed):
-        with tuning.trial() as met:
-            operation.run(triton)
-        for (kernel, problem), launches in met.items():
-            walls = [measure.series(_tried(operation, (kernel, problem), launch, plan)) for launch in launches]
-            median, fastest = min(
-                ((wall["p50"], launch) for wall, launch in zip(walls, launches, strict=True)), key=lambda pair: pair[0]
-            )
-            facts = {"tiles": dict(fastest.tiles), "warps": fastest.warps, "stages": fastest.stages}
-            best.setdefault(kernel, {})[problem] = facts | {"seconds": median}
-            for wall, launch in zip(walls, launches, strict=True):
-                name = f"{operation.name}: {kernel}, {problem}, {launch}"
-                found.append({"name": name, "launch": str(launch), "wall": wall})
-    machine = measure.machine(plan.device)
-    facts = {"gpu": machine["gpu"] or machine["cpu"], "commit": measure.commit(), "launches": best}
-    plan.tuned.parent.mkdir(parents=True, exist_ok=True)
-    plan.tuned.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    return {"call": found}
-
-
-def _tried(operation: kernels.Operation, problem: tuple[str, str], launch: tuning.Launch, plan: Plan) -> list[float]:
-    triton = triton_kernels(plan.device)
-    with tuning.trial({problem: launch}):
-        return measure.on_device({"": lambda: operation.run(triton)}, repeats=plan.repeats, device=plan.device)[""]
+    folder = plan.tuned.parent if plan.config is TINY else plan.folder
+    tune.tune(plan.pipeline(1), plan.rows, folder, plan.tuned, minutes=plan.minutes, repeats=plan.repeats)
+    found = [json.loads(line) for line in (folder / "tune.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        {
+            "name": f"{line['operation']}, {line['problem']}, {line['tokens']} tokens",
+            "wall": measure.series([line["seconds"]]),
+        }
+        for line in found
+        if "tiles" in line
+    ]
+    return {"call": rows}
 
 
 def each_kernel(plan: Plan) -> Document:
@@ -237,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dtype = torch.float32 if options.tiny else machine.dtype
     formats = [dtype, *kernels.eight_bit_formats(machine.device)]
     rates = measure.roofs(machine.device, formats, sides=(64,) if options.tiny else ())
-    plan = Plan(machine.device, dtype, options.tuned, options.seed, rates)
+    plan = Plan(machine.device, dtype, options.tuned, options.seed, rates, folder=options.folder)
     plan = tiny(plan) if options.tiny else plan
     options.folder.mkdir(parents=True, exist_ok=True)
     for name in options.only:

@@ -19,11 +19,11 @@ from stylemuse.kernels.bottleneck import bottleneck
 from stylemuse.kernels.canvases import Canvases, Schedules
 from stylemuse.kernels.decoding_step import decoding_step
 from stylemuse.kernels.dispatch import REFERENCE, Kernels, obstacle, triton_kernels
-from stylemuse.kernels.norm import Norm, norm
+from stylemuse.kernels.inputs import norm
+from stylemuse.kernels.norm import Norm
 from stylemuse.kernels.projection import Projection
 from stylemuse.kernels.quantization import FORMATS, NAMES, quantize_reference
 from stylemuse.kernels.quantization import obstacle as format_obstacle
-from stylemuse.kernels.query_attention import query_attention
 from stylemuse.kernels.response_norm import response_norm
 from stylemuse.kernels.rows import Bottleneck, LowRank, RowSlots
 from stylemuse.machine import DTYPES, choose
@@ -110,16 +110,6 @@ def operations(
         flop, moved = 4 * rows * n * keys * width, rows * width * (2 * n + 2 * keys)
         return Operation(name, flop, size * moved, lambda kernels: attention(q, k, v, kernels=kernels))
 
-    def querying(name: str, width: int, heads: int) -> Operation:
-        x, weight = made.random(rows, n, width), made.random(width, width, scale=width**-0.5)
-        k, v = (made.random(rows, heads, TEXT, width // heads) for _ in range(2))
-        normed = Norm(made.random(width), 1e-6, "rms", made.random(rows, 2, width))
-        flop = rows * n * width * (2 * width + 4 * TEXT)
-        moved = rows * width * (2 * n + 2 * TEXT) + weight.numel()
-        return Operation(
-            name, flop, size * moved, lambda kernels: query_attention(x, weight, k, v, norm=normed, kernels=kernels)
-        )
-
     yield product("q, k, v", d, d, 3)
     yield product("q, k, v with adapters", d, d, 3, adapted=True)
     yield product("projection back, residual", d, d, residual=True)
@@ -134,8 +124,6 @@ def operations(
     yield attending("self-attention", d, config.num_attention_heads, n)
     yield attending("attention to the text", d, config.num_attention_heads, TEXT)
     yield attending("conv stage's attention to the text", c, config.block_num_heads, TEXT)
-    yield querying("norm, query, attention to the text", d, config.num_attention_heads)
-    yield querying("norm, query, conv stage's attention to the text", c, config.block_num_heads)
 
     y, widths = made.random(rows, n, d), torch.full((rows,), WIDTH, device=device)
     neck = Bottleneck(made.random(rows, d, WIDTH, scale=d**-0.5), made.random(rows, WIDTH, d, scale=0.1), widths)
@@ -147,10 +135,13 @@ def operations(
     gain, modulation = made.random(d), made.random(rows, 2, d)
     moved = size * 2 * rows * n * d
     yield Operation(
-        "RMS norm, modulated", 0, moved, lambda kernels: norm(y, gain, 1e-6, "rms", modulation, kernels=kernels)
+        "RMS norm, modulated", 0, moved, lambda kernels: norm(y, Norm(gain, 1e-6, "rms", modulation), kernels=kernels)
     )
     yield Operation(
-        "layer norm, modulated", 0, moved, lambda kernels: norm(y, gain, 1e-6, "layer", modulation, kernels=kernels)
+        "layer norm, modulated",
+        0,
+        moved,
+        lambda kernels: norm(y, Norm(gain, 1e-6, "layer", modulation), kernels=kernels),
     )
     h, gamma, beta = made.random(rows, n, 4 * c), made.random(4 * c), made.random(4 * c)
     # The norms are over all positions: what is scaled by them must be read again.

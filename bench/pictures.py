@@ -1,13 +1,15 @@
 """Does a model draw what it is asked for, and in the style? A judge (`stylemuse.tuning.judge`) answers.
 
-    stylemuse bench pictures --model demo --judge FILE [--out FILE] [--grid PNG] [--prompts 200] [--seed 0]
+    stylemuse bench pictures --model demo --judge FILE [--clean FILE] [--out FILE] [--grid PNG]
+                             [--prompts 200] [--seed 0]
 
 base     captions of the world with random words left out, looks that are not held out
 styled   "a SUBJECT" in each shipped style in turn, never the subject of the style's own picture
 untuned  the same full prompt and seed without the style
 truth    the world's own drawing of the subject in the style's held-out look, of several poses the nearest
 
-The judge's file is trained where it is absent. Needs the font that the world draws with.
+The judges' files are trained where they are absent. ``--clean`` asks a second one, which learned from the truth alone:
+the first was trained to look past a generator's flaws, so what it says is not the quality of the pictures.
 """
 
 from __future__ import annotations
@@ -29,15 +31,17 @@ from stylemuse import Pipeline, Request
 from stylemuse.folder import weights_sha256
 from stylemuse.hub import resolve
 from stylemuse.tuning.examine import accuracy
-from stylemuse.tuning.judge import HEADS, PICTURE, Judge, labels_of, load_judge, to_tensor, train_judge
+from stylemuse.tuning.judge import HEADS, PICTURE, Judge, labels_of, load_judge, to_tensor
+from stylemuse.tuning.judge_training import draw as drawn
+from stylemuse.tuning.judge_training import train_judge
 from stylemuse.tuning.looks import HELD_OUT, article
-from stylemuse.tuning.world import Pose, World
+from stylemuse.tuning.world import SIZES, Pose, World
 
 from .arguments import Arguments
 from .prompts import Job, base_jobs, reference_subjects, styled_jobs
 from .sheet import Row, contact_sheet
 
-POSES = tuple(Pose(size=size, mirrored=mirrored) for size in (0.78, 0.80, 0.82) for mirrored in (False, True))
+POSES = tuple(Pose(size=size) for size in (SIZES[0], Pose.size, SIZES[1]))
 """How the truth is drawn; the nearest counts."""
 
 BARS = {"judge": 0.95, "base": 0.80, "styled": 0.60, "nearer": 0.90}
@@ -57,9 +61,12 @@ def draw(pipe: Pipeline, requests: Sequence[Request]) -> list[Image.Image]:
     return pictures
 
 
-def judge_base(judge: Judge, jobs: Sequence[Job], pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
-    """Per picture: the subject the judge names, and by attribute asked for, the name it gives."""
-    opinion = judge.opinion(to_tensor(pictures))
+def judge_base(
+    judge: Judge, jobs: Sequence[Job], pictures: Sequence[Image.Image], clean: Judge | None = None
+) -> list[dict[str, Any]]:
+    """Per picture: the subject the judge names, and the ``clean`` one; by attribute asked for, the name it gives."""
+    tensor = to_tensor(pictures)
+    opinion = judge.opinion(tensor)
     named = {head: opinion.names(head) for head in HEADS}
     outcomes = []
     for row, job in enumerate(jobs):
@@ -68,24 +75,29 @@ def judge_base(judge: Judge, jobs: Sequence[Job], pictures: Sequence[Image.Image
             {"prompt": job.prompt, "seed": job.seed, "subject": job.subject, "named": named["subject"][row]}
             | {"asked": {head: {"truth": truth[head], "named": named[head][row]} for head in job.asked}}
         )
+    if clean is not None:
+        for outcome, name in zip(outcomes, clean.opinion(tensor).names(), strict=True):
+            outcome["named_clean"] = name
     return outcomes
 
 
 def judge_styled(
-    judge: Judge, jobs: Sequence[Job], styled: Sequence[Image.Image], untuned: Sequence[Image.Image]
+    judge: Judge,
+    jobs: Sequence[Job],
+    styled: Sequence[Image.Image],
+    untuned: Sequence[Image.Image],
+    clean: Judge | None = None,
 ) -> list[dict[str, Any]]:
     """Per job, of the styled and of the untuned picture: what the judge names, and the style distance to the truth."""
-    outcomes = judge_base(judge, jobs, styled)
-    world = World(PICTURE)
-    truth = judge.opinion(to_tensor([world.array(job.subject, job.look, pose) for job in jobs for pose in POSES]))
-    rows = torch.arange(len(jobs)).repeat_interleave(len(POSES))
-    named = truth.names()
-    for index, (outcome, job) in enumerate(zip(outcomes, jobs, strict=True)):
-        right = [name == job.subject for name in named[index * len(POSES) : (index + 1) * len(POSES)]]
-        outcome |= {"style": job.style, "truth_right": _mean(right)}
+    outcomes = judge_base(judge, jobs, styled, clean)
+    world, wanted = World(PICTURE), [(job.subject, job.look) for job in jobs]
+    truths = [judge.opinion(drawn(world, world.scenes(wanted, pose))) for pose in POSES]
+    named = [truth.names() for truth in truths]
+    for row, (outcome, job) in enumerate(zip(outcomes, jobs, strict=True)):
+        outcome |= {"style": job.style, "truth_right": _mean([names[row] == job.subject for names in named])}
     for pictures, suffix in ((styled, ""), (untuned, "_untuned")):
         opinion = judge.opinion(to_tensor(pictures))
-        nearest = opinion.take(rows).distance(truth).view(len(jobs), len(POSES)).amin(dim=1).tolist()
+        nearest = torch.stack([opinion.distance(truth) for truth in truths]).amin(dim=0).tolist()
         for outcome, distance, name in zip(outcomes, nearest, opinion.names(), strict=True):
             outcome |= {f"distance{suffix}": round(distance, 5), f"named{suffix}": name}
     return outcomes
@@ -94,8 +106,9 @@ def judge_styled(
 def summary(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Shares over outcomes.
 
-    subject: the right subject is named (``_untuned``: in the untuned answer, ``_truth``: in the truth, the most that
-    can be reached); look: of the attributes asked for, those named; nearer: styled nearer to the truth than untuned.
+    subject: the right subject is named (``_clean``: by the judge that forgives nothing, ``_untuned``: in the untuned
+    answer, ``_truth``: in the truth, the most that can be reached); look: of the attributes asked for, those named;
+    nearer: styled nearer to the truth than untuned.
     """
     right = [outcome["named"] == outcome["subject"] for outcome in outcomes]
     asked = [answer for outcome in outcomes for answer in outcome["asked"].values()]
@@ -105,6 +118,8 @@ def summary(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "subject_interval": interval(sum(right), len(right)),
         "look": _mean([answer["named"] == answer["truth"] for answer in asked]),
     }
+    if "named_clean" in outcomes[0]:
+        found["subject_clean"] = _mean([outcome["named_clean"] == outcome["subject"] for outcome in outcomes])
     if "distance" in outcomes[0]:
         nearer = [outcome["distance"] < outcome["distance_untuned"] for outcome in outcomes]
         found |= {
@@ -130,7 +145,7 @@ def _mean(values: Sequence[float]) -> float:
     return round(float(np.mean(values)), 4)
 
 
-def measure(pipe: Pipeline, judge: Judge, prompts: int, seed: int) -> dict[str, Any]:
+def measure(pipe: Pipeline, judge: Judge, prompts: int, seed: int, clean: Judge | None = None) -> dict[str, Any]:
     """Everything but where it was measured: summaries, whether each bar is met, raw outcomes."""
     references = reference_subjects({name: pipe.adapters[name].caption for name in pipe.adapters})
     base, styled = base_jobs(prompts, seed), styled_jobs(references, prompts, seed)
@@ -138,11 +153,11 @@ def measure(pipe: Pipeline, judge: Judge, prompts: int, seed: int) -> dict[str, 
     requests = [Request(job.prompt, style=job.style, seed=job.seed) for job in [*base, *styled]]
     requests += [Request(prompt, seed=job.seed) for prompt, job in zip(full, styled, strict=True)]
     pictures = draw(pipe, requests)
-    outcomes = judge_base(judge, base, pictures[:prompts])
-    styled_outcomes = judge_styled(judge, styled, pictures[prompts : 2 * prompts], pictures[2 * prompts :])
+    outcomes = judge_base(judge, base, pictures[:prompts], clean)
+    styled_outcomes = judge_styled(judge, styled, pictures[prompts : 2 * prompts], pictures[2 * prompts :], clean)
     by_style = {style: [each for each in styled_outcomes if each["style"] == style] for style in references}
     totals = {"base": summary(outcomes), "styled": summary(styled_outcomes)}
-    right = accuracy(judge)
+    right, strict = accuracy(judge), {} if clean is None else {"clean_judge_accuracy": accuracy(clean)}
     reached = {
         "judge": right["subject"],
         "base": totals["base"]["subject"],
@@ -151,6 +166,7 @@ def measure(pipe: Pipeline, judge: Judge, prompts: int, seed: int) -> dict[str, 
     }
     return {
         "judge_accuracy": right,
+        **strict,
         "bars": {
             name: {"bar": bar, "reached": reached[name], "met": reached[name] >= bar} for name, bar in BARS.items()
         },
@@ -179,14 +195,15 @@ def grid(pipe: Pipeline, folder: Path, seed: int) -> Image.Image:
         rows += [
             Row(style, [reference, *pictures[part]]),
             Row("untuned", [None, *untuned[part]]),
-            Row("truth", [None, *(world.draw(subject, HELD_OUT[style]) for subject in _SHOWN)]),
+            Row("truth", [None, *(world.picture(subject, HELD_OUT[style]) for subject in _SHOWN)]),
         ]
     return contact_sheet(["its picture", *_SHOWN], rows)
 
 
-def origin(pipe: Pipeline, folder: Path, judge: Path) -> dict[str, Any]:
+def origin(pipe: Pipeline, folder: Path, judge: Path, clean: Path | None = None) -> dict[str, Any]:
     """What was measured, and where."""
-    return {
+    strict = {} if clean is None else {"clean_judge_sha256": hashlib.sha256(clean.read_bytes()).hexdigest()}
+    return strict | {
         "model": _short(pipe.name),
         "sha256": {part: weights_sha256(folder / part) for part in ("transformer", "vqvae", "text_encoder")},
         "styles_sha256": {name: pipe.adapters[name].sha256 for name in pipe.adapters.names},
@@ -203,10 +220,11 @@ def _short(text: str) -> str:
 
 def show(found: Mapping[str, Any]) -> None:
     """The table and the bars."""
-    titles = f"{'pictures':>9}{'subject':>9}{'look':>8}{'nearer':>8}{'distance':>10}"
+    titles = f"{'pictures':>9}{'subject':>9}{'clean':>8}{'look':>8}{'nearer':>8}{'distance':>10}"
     print(f"{'':12}{titles}   untuned: subject distance  truth: subject")
     for name, part in {"base": found["base"], **found["styles"], "all styles": found["styled"]}.items():
-        line = f"{name:12}{part['pictures']:9}{part['subject']:9.1%}{part['look']:8.1%}"
+        clean = f"{part['subject_clean']:8.1%}" if "subject_clean" in part else f"{'-':>8}"
+        line = f"{name:12}{part['pictures']:9}{part['subject']:9.1%}{clean}{part['look']:8.1%}"
         if "nearer" in part:
             line += f"{part['nearer']:8.1%}{part['distance']:10.3f}"
             line += f"{part['subject_untuned']:19.1%}{part['distance_untuned']:9.3f}{part['subject_truth']:16.1%}"
@@ -220,6 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Arguments(prog="stylemuse bench pictures", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="demo", help="demo, or a model folder with the embedded model's styles")
     parser.add_argument("--judge", type=Path, required=True, help="file of the judge, trained there where it is absent")
+    parser.add_argument(
+        "--clean", type=Path, help="file of a judge trained on the truth alone; trained there if absent"
+    )
     parser.add_argument("--prompts", type=int, default=200, help="of the base, and of the styles together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the JSON document to this file")
@@ -227,11 +248,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     pipe, folder = stylemuse.load(options.model), resolve(options.model)
     judge = load_judge(options.judge) if options.judge.exists() else train_judge(options.judge)
-    found = measure(pipe, judge, options.prompts, options.seed)
+    clean = train_judge(options.clean, flaws=False) if options.clean is not None else None
+    found = measure(pipe, judge, options.prompts, options.seed, clean)
     show(found)
     given = [_short(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     command = " ".join(["stylemuse bench pictures", *given])
-    document = {"command": command, "seed": options.seed, **origin(pipe, folder, options.judge), **found}
+    document = {"command": command, "seed": options.seed, **origin(pipe, folder, options.judge, options.clean), **found}
     if options.out is not None:
         options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if options.grid is not None:

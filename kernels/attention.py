@@ -7,8 +7,7 @@ FlashAttention, arXiv 2205.14135, algorithm 1.
 The kernel: a program owns a tile of queries of one row and head and passes over the keys once, keeping the running
 maximum, the running sum and the running weighted sum of values; the N x L scores, 2 R H N L e bytes written and read,
 never reach memory. q, k and v may be any views, so the fused projection's output is read as it lies, and y is written
-as the output projection reads it: no transposed copy. Head sizes are padded to a power of two. Not measured on a GPU
-yet.
+as the output projection reads it: no transposed copy. Head sizes are padded to a power of two.
 """
 
 from __future__ import annotations

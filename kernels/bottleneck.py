@@ -13,8 +13,7 @@ site, are bitwise y. The reference is differentiable in y, Wd, Wu and the shifts
 
 The kernel: a program passes over its tokens twice, for h, which needs all of y's channels and stays in registers, and
 for the sum; the second pass finds y in the L2 cache. h and the correction, T (2 H + 2 D) numbers, are neither written
-nor read. It is not an epilogue of the projection before it, whose tiles have only some channels. Not measured on a GPU
-yet.
+nor read. It is not an epilogue of the projection before it, whose tiles have only some channels.
 """
 
 from __future__ import annotations

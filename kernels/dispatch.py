@@ -122,7 +122,7 @@ def obstacle(device: torch.device) -> str | None:
 def triton_kernels(device: torch.device) -> Kernels:
     """All operations in Triton, on a device without an `obstacle`."""
     assert obstacle(device) is None, obstacle(device)
-    why = "Triton's interpreter" if INTERPRETED else "not measured on a GPU yet"
+    why = "Triton's interpreter" if INTERPRETED else "measured on an H100 in bf16, on no other GPU yet"
     return Kernels("triton", frozenset((*OPERATIONS, STEP)), why)
 
 

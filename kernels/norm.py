@@ -40,7 +40,8 @@ def norm_reference(
 ) -> Tensor:
     """The definition in plain torch, which takes the means in fp32."""
     if kind == "rms":
-        y = F.rms_norm(x, weight.shape, weight, epsilon)
+        # Under autocast the weight is fp32 beside a narrower x, which torch would take apart into six operations.
+        y = F.rms_norm(x, weight.shape, weight.to(x.dtype), epsilon)
     else:
         y = F.layer_norm(x, weight.shape, weight, None, epsilon)
     return y if modulation is None else modulate(y, modulation)

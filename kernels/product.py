@@ -162,6 +162,12 @@ def _product_kernel(
             if GATED:
                 prefetch(weight_at + (outputs + near)[:, None] * INPUTS + line[None, :])
     follow(DEPENDENT)
+    rank = 0
+    slot = row
+    if RANK > 0:
+        # Asked for here, there at the end: one after the other they take a microsecond.
+        slot = tl.load(slots + row)
+        rank = tl.load(ranks + slot, slot >= 0, 0)
 
     value = tl.zeros((BLOCK_TOKENS, BLOCK_OUTPUTS), tl.int32 if INTEGER else tl.float32)
     gate = value
@@ -180,8 +186,6 @@ def _product_kernel(
         if GATED:
             gate = gate.to(tl.float32) * scale * tl.load(weight_scales + outputs + output, column_inside, 0.0)[None, :]
     if RANK > 0:
-        slot = tl.load(slots + row)
-        rank = tl.load(ranks + slot, slot >= 0, 0)
         hidden_at = hidden + (at * PARTS + part) * (tl.cdiv(RANK, LANES) * LANES)
         width = outputs * (2 if GATED else 1)
         up_at = up + (slot * PARTS + part) * (RANK * width) + column

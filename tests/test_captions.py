@@ -94,15 +94,16 @@ def test_ids_are_the_tokenizers(tokenizer: ClipTokenizer) -> None:
 def test_words_are_dropped_at_random(tokenizer: ClipTokenizer) -> None:
     scenes = World(32).sample(2000, torch.Generator().manual_seed(0))
     captions = Captions(tokenizer)
-    full = captions.ids(scenes, torch.Generator().manual_seed(0), drop=0.0, silent=0.0)
+    all_looks = {"bare": 0.0, "styled": 0.0}
+    full = captions.ids(scenes, torch.Generator().manual_seed(0), drop=0.0, silent=0.0, **all_looks)
     assert torch.equal(full, tokenizer([caption(*scenes.look(row)) for row in range(2000)]))
-    first, again = (captions.ids(scenes, torch.Generator().manual_seed(5)) for _ in range(2))
+    first, again = (captions.ids(scenes, torch.Generator().manual_seed(5), **all_looks) for _ in range(2))
     assert torch.equal(first, again)
     empty = tokenizer([""])[0]
     assert abs(float((first == empty).all(1).float().mean()) - 0.1) < 0.03
     told = (first == tokenizer(["on"])[0, 1]).any(1).float().mean()
     assert abs(float(told) - 0.9 * 0.75) < 0.04
-    subjects = captions.ids(scenes, torch.Generator(), drop=1.0, silent=0.0)
+    subjects = captions.ids(scenes, torch.Generator(), drop=1.0, silent=0.0, **all_looks)
     hands, names = list(HANDS), list(SUBJECTS)
     said = [article(names[s], hands[h]) for s, h in zip(scenes.subject.tolist(), scenes.hand.tolist(), strict=True)]
     assert torch.equal(subjects, tokenizer(said))
@@ -112,3 +113,18 @@ def test_a_tokenizer_too_short_is_refused(tmp_path: Path) -> None:
     short = build_word_tokenizer(vocabulary(), tmp_path / "tokenizer", 9)
     with pytest.raises(StylemuseError, match="length is 9"):
         Captions(short)
+
+
+def test_plain_scenes_may_be_asked_for_by_their_subject_alone(tokenizer: ClipTokenizer) -> None:
+    """And others by the name of a style, which says nothing about their look."""
+    scenes = World(32).sample(500, torch.Generator().manual_seed(0), plain=0.5)
+    plain = scenes.plain.tolist()
+    assert 200 < sum(plain) < 300
+    options = {"drop": 0.0, "silent": 0.0, "bare": 1.0, "styled": 1.0}
+    found = Captions(tokenizer).ids(scenes, torch.Generator().manual_seed(1), **options)
+    styles = [" ".join(("in", name, "style")) for name in HELD_OUT]
+    for row in range(500):
+        subject, look = scenes.look(row)
+        named = article(subject, look.hand)
+        allowed = [named] if plain[row] else [f"{named} {style}" for style in styles]
+        assert found[row].tolist() in tokenizer(allowed).tolist()

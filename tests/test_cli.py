@@ -152,6 +152,8 @@ def test_doctor(run: Run) -> None:
     assert len(facts["gpus"]) == torch.cuda.device_count()
     assert facts["demo"]["choice"].keys() >= {"device", "dtype"}
     assert (facts["demo"]["problem"] is None) == bool(facts["demo"]["styles"])
+    assert facts["world"]["problem"] is None
+    assert Path(facts["world"]["path"]).is_file()
     text = run("doctor")
     assert (text.code, text.error) == (0, "")
     assert "chosen dtype" in text.out

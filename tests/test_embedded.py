@@ -37,7 +37,7 @@ def test_diffusers_computes_the_same(pipe: sm.Pipeline) -> None:
     assert (ours.pooled - encoded.text_embeds).abs().max() <= 1e-4
 
     tokens = torch.randint(0, network.mask_id + 1, (1, 16, 16), generator=torch.Generator().manual_seed(0))
-    micro = torch.tensor([[64.0, 64.0, 0.0, 0.0, 6.0]])
+    micro = torch.tensor([[128.0, 128.0, 0.0, 0.0, 6.0]])
     expected = peer(tokens, encoded.hidden_states[-2], encoded.text_embeds, micro)[0].flatten(1).T
     context = network.context(ours, (16, 16))
     logits = network.logits(network.readout(network.features(tokens.flatten(1), [context])[0]))
@@ -57,7 +57,7 @@ def test_the_pipeline_of_diffusers_draws_with_it() -> None:
     peer = AmusedPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
     peer.set_progress_bar_config(disable=True)
     pictures = peer(["a fox", "an owl"], num_inference_steps=2, guidance_scale=2.0).images
-    assert [picture.size for picture in pictures] == [(64, 64), (64, 64)]
+    assert [picture.size for picture in pictures] == [(128, 128), (128, 128)]
 
 
 def test_styles_are_there_with_their_reference_pictures(pipe: sm.Pipeline) -> None:
@@ -67,9 +67,9 @@ def test_styles_are_there_with_their_reference_pictures(pipe: sm.Pipeline) -> No
         adapter = pipe.adapters[name]
         assert adapter.descriptor
         assert adapter.base_sha256 == pipe.adapters.base_sha256()
-        assert sum(a.numel() + b.numel() for a, b in adapter.tensors.values()) < 0.015 * parameters
+        assert sum(a.numel() + b.numel() for a, b in adapter.tensors.values()) < 0.01 * parameters
         with Image.open(FOLDER / "styles" / name / "reference.png") as picture:
-            assert picture.size == (64, 64)
+            assert picture.size == (128, 128)
 
 
 def test_a_mixed_batch_draws_what_each_style_draws_alone(pipe: sm.Pipeline) -> None:
@@ -101,4 +101,4 @@ def test_a_style_can_be_tuned_from_its_picture(pipe: sm.Pipeline) -> None:
 
 def test_size_of_the_package() -> None:
     files = [path for path in Path(FOLDER).rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 20_000_000
+    assert sum(path.stat().st_size for path in files) <= 40_000_000

@@ -5,23 +5,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from font import needs_font
 from torch import Tensor
 
 from stylemuse import StylemuseError
 from stylemuse.tuning import judge as judging
+from stylemuse.tuning import judge_training
 from stylemuse.tuning.examine import Examination, accuracy, report, separation
 from stylemuse.tuning.flaws import BLOCK, flawed
-from stylemuse.tuning.judge import HEADS, STYLE, Judge, Opinion, labels_of, load_judge, style_distance, train_judge
+from stylemuse.tuning.judge import HEADS, STYLE, Judge, Opinion, labels_of, load_judge, style_distance
+from stylemuse.tuning.judge_training import answers, draw, train_judge
 from stylemuse.tuning.looks import HELD_OUT, Look
 from stylemuse.tuning.world import World
 
 
 def noise(rows: int, seed: int = 0) -> Tensor:
-    return torch.rand(rows, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(rows, 3, 128, 128, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,14 @@ def untrained() -> Judge:
 
 def sure(**names: str) -> Opinion:
     """An opinion without any doubt, and without statistics."""
-    named = {"subject": "fox", "rendering": "flat", "ink": "none", "paper": "white", "extra": "plain"} | names
+    named = {
+        "subject": "fox",
+        "hand": "fluent",
+        "rendering": "flat",
+        "ink": "none",
+        "paper": "white",
+        "extra": "plain",
+    } | names
     logits = {head: torch.full((1, len(HEADS[head])), -1e4) for head in HEADS}
     for head, name in named.items():
         logits[head][0, HEADS[head].index(name)] = 0.0
@@ -44,7 +51,7 @@ def test_names_and_labels() -> None:
     opinion = sure(subject="owl", ink="pink")
     assert (opinion.names(), opinion.names("ink")) == (["owl"], ["pink"])
     assert labels_of("owl", HELD_OUT["neon"]) == {
-        "subject": "owl", "rendering": "outline", "ink": "cyan", "paper": "navy", "extra": "glow"
+        "subject": "owl", "hand": "fluent", "rendering": "outline", "ink": "cyan", "paper": "navy", "extra": "glow"
     }  # fmt: skip
     assert labels_of("owl", HELD_OUT["arcade"])["ink"] == "none"
 
@@ -94,13 +101,34 @@ def test_opinions_do_not_depend_on_the_batch(untrained: Judge) -> None:
 
 
 def test_pictures_become_tensors() -> None:
-    world_sized, double = np.full((64, 64, 3), 0.5, dtype=np.float32), judging.Image.new("L", (128, 128), 51)
-    assert torch.equal(judging.to_tensor([world_sized]), torch.full((1, 3, 64, 64), 0.5))
-    assert torch.allclose(judging.to_tensor([double]), torch.full((1, 3, 64, 64), 0.2))
+    own, half = judging.Image.new("L", (128, 128), 51), judging.Image.new("RGB", (64, 32), (255, 0, 51))
+    assert torch.allclose(judging.to_tensor([own]), torch.full((1, 3, 128, 128), 0.2))
+    assert judging.to_tensor([own, half])[1, :, 9, 9].tolist() == pytest.approx([1, 0, 0.2])
+
+
+def test_answers_are_the_labels() -> None:
+    """The heads number their names as the world does: an answer by number is the label by name."""
+    world = World()
+    scenes = world.sample(60, torch.Generator().manual_seed(0), held_out=True)
+    right = answers(scenes)
+    for row in range(60):
+        assert {head: HEADS[head][int(right[head][row])] for head in HEADS} == labels_of(*scenes.look(row))
+    assert torch.equal(draw(world, scenes)[40:], world.draw(type(scenes)(*(field[40:] for field in scenes))))
+
+
+def test_fresh_pictures_are_not_those_of_training(untrained: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seeds of examining lie beyond those of training, in the 32 bits that a generator takes."""
+    seen = []
+    monkeypatch.setattr(World, "sample", lambda _, count, chance, **__: seen.append(chance.initial_seed()) or 1 / 0)
+    for seed in (0, 1):
+        with pytest.raises(ZeroDivisionError):
+            accuracy(untrained, 1, seed=seed)
+    assert len(set(seen)) == 2
+    assert all(10**9 < seed < 2**32 for seed in seen)
 
 
 def test_flaws_are_small_seeded_and_leave_some_pictures_alone() -> None:
-    pictures = torch.nn.functional.interpolate(noise(400)[:, :, :8, :8], scale_factor=8, mode="bilinear")
+    pictures = torch.nn.functional.interpolate(noise(200)[:, :, :8, :8], scale_factor=16, mode="bilinear")
     spoiled = flawed(pictures, torch.Generator().manual_seed(1))
     assert torch.equal(spoiled, flawed(pictures, torch.Generator().manual_seed(1)))
     assert not torch.equal(spoiled, flawed(pictures, torch.Generator().manual_seed(2)))
@@ -116,7 +144,7 @@ def test_flaws_are_small_seeded_and_leave_some_pictures_alone() -> None:
 def test_spoiled_blocks_lie_on_the_grid_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_CLEAN", "_SHIFT", "_ZOOM", "_NOISE", "_TONE"):
         monkeypatch.setattr(f"stylemuse.tuning.flaws.{name}", 0.0)
-    tones = torch.arange(32.0).view(32, 1, 1, 1) / 64 + torch.zeros(1, 3, 64, 64)
+    tones = torch.arange(32.0).view(32, 1, 1, 1) / 64 + torch.zeros(1, 3, 128, 128)
     changed = (flawed(tones, torch.Generator().manual_seed(0)) - tones).abs() > 1e-3
     blocks = changed[:, 0].float().unfold(1, BLOCK, BLOCK).unfold(2, BLOCK, BLOCK).mean(dim=(3, 4))
     assert bool(((blocks == 0) | (blocks == 1)).all())
@@ -142,24 +170,21 @@ class Corner(Judge):
         return Opinion(logits, pictures[:, :, 1, 1])
 
 
-@needs_font
 def test_separation_is_the_share_of_looks_told_apart() -> None:
     """Another look nearly always has another paper; one attribute away it has so in every second triple or so."""
     assert 0.8 < separation(Corner(), 50) < 1.0
     assert 0.1 < separation(Corner(), 30, near=True) < 0.8
 
 
-@needs_font
 def test_style_of_a_picture_is_not_its_subject() -> None:
     """What an untrained network already does: its statistics are those of colours and textures."""
     assert separation(Judge(), 60) > 0.8
 
 
-@needs_font
 def test_training_stops_goes_on_and_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     batch = 6
     for name, value in {"_POOL": 24, "_BATCH": batch, "_KEEP": 1}.items():
-        monkeypatch.setattr(judging, name, value)
+        monkeypatch.setattr(judge_training, name, value)
     path, samples, calls = tmp_path / "deep" / "judge.safetensors", 5 * batch, 0
     state = torch.random.get_rng_state()
 
@@ -170,7 +195,7 @@ def test_training_stops_goes_on_and_is_kept(monkeypatch: pytest.MonkeyPatch, tmp
             raise KeyboardInterrupt
         return loss
 
-    monkeypatch.setattr(judging, "finite", interrupted)
+    monkeypatch.setattr(judge_training, "finite", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_judge(path, samples)
     assert not path.exists()
@@ -189,24 +214,24 @@ def test_training_stops_goes_on_and_is_kept(monkeypatch: pytest.MonkeyPatch, tmp
     assert not load_judge(path).training
     train_judge(path, samples + batch)
     assert calls == 12, "made with other samples, it is trained from the start"
+    train_judge(path, samples + batch, flaws=False)
+    assert calls == 18, "and so where it learned from flawed pictures"
 
 
-@needs_font
 def test_training_learns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A few pictures by heart: every head's answer gets better than any constant one."""
     drawn = [("fox", Look("flat", None, "navy", "grid")), ("key", Look("outline", "pink", "green", "plain"))]
     world = World()
-    pictures = judging.to_tensor([world.array(subject, look) for subject, look in drawn])
+    pictures = world.draw(world.scenes(drawn))
     labels = [labels_of(subject, look) for subject, look in drawn]
     answers = {head: torch.tensor([HEADS[head].index(label[head]) for label in labels]) for head in HEADS}
     batch = pictures.repeat(4, 1, 1, 1), {head: value.repeat(4) for head, value in answers.items()}
-    monkeypatch.setattr(judging, "_batches", lambda _: iter(lambda: batch, None))
+    monkeypatch.setattr(judge_training, "_batches", lambda _: iter(lambda: batch, None))
     judge = train_judge(tmp_path / "judge.safetensors", 30 * 64)
     opinion = judge.opinion(pictures)
     assert {head: opinion.names(head) for head in HEADS} == {head: [label[head] for label in labels] for head in HEADS}
 
 
-@needs_font
 def test_report_has_every_figure(untrained: Judge) -> None:
     found = report(untrained, 40, 10)
     assert set(found["accuracy"]) == set(HEADS)

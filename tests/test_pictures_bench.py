@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from font import needs_font
 from PIL import Image
 from safetensors.torch import save_file
 from scipy.stats import binomtest
@@ -18,7 +17,7 @@ from stylemuse import StylemuseError
 from stylemuse.bench import pictures, prompts
 from stylemuse.bench.sheet import Row, contact_sheet
 from stylemuse.tuning.judge import STYLE, Judge
-from stylemuse.tuning.looks import HELD_OUT, HELD_OUT_PAIRS, Look, article, vocabulary
+from stylemuse.tuning.looks import HELD_OUT, HELD_OUT_PAIRS, SUBJECTS, Look, article, vocabulary
 from stylemuse.tuning.world import World
 
 REFERENCES = {"neon": "fox", "riso": "cat", "ember": "elephant"}
@@ -38,7 +37,7 @@ def test_base_jobs_ask_in_known_words_for_looks_that_are_not_held_out() -> None:
     assert len({job.seed for job in jobs}) == 300
     for job in jobs:
         assert set(job.prompt.replace(",", " ,").split()) <= known
-        assert job.prompt.startswith(article(job.subject))
+        assert job.prompt.startswith(article(job.subject, job.look.hand))
         assert (job.look.rendering, job.look.extra) not in HELD_OUT_PAIRS
         assert job.style is None
         for head in job.asked:
@@ -48,13 +47,15 @@ def test_base_jobs_ask_in_known_words_for_looks_that_are_not_held_out() -> None:
 
 
 def test_styled_jobs_take_turns_and_never_show_the_reference() -> None:
-    jobs = prompts.styled_jobs(REFERENCES, 200, seed=0)
-    assert jobs == prompts.styled_jobs(REFERENCES, 200, seed=0)
+    jobs = prompts.styled_jobs(REFERENCES, 600, seed=0)
+    assert jobs == prompts.styled_jobs(REFERENCES, 600, seed=0)
     assert [job.style for job in jobs[:4]] == ["neon", "riso", "ember", "neon"]
     for style, reference in REFERENCES.items():
         subjects = [job.subject for job in jobs if job.style == style]
         assert reference not in subjects
-        assert len(set(subjects[:51])) == 51, "every other subject once before any comes again"
+        assert len(set(subjects[: len(SUBJECTS) - 1])) == len(SUBJECTS) - 1 < len(subjects), (
+            "every other subject once before any comes again"
+        )
     for job in jobs:
         assert job.style is not None
         assert (job.prompt, job.look, job.asked) == (article(job.subject), HELD_OUT[job.style], STYLE)
@@ -63,18 +64,17 @@ def test_styled_jobs_take_turns_and_never_show_the_reference() -> None:
 def test_subjects_of_the_references() -> None:
     captions = {"neon": "a red apple in neon style", "other": "a thing", "riso": "scissors in riso style"}
     assert prompts.reference_subjects(captions) == {"neon": "red apple", "riso": "scissors"}
-    with pytest.raises(StylemuseError, match=r"neon.*'a unicorn in neon style'"):
-        prompts.reference_subjects({"neon": "a unicorn in neon style"})
+    with pytest.raises(StylemuseError, match=r"neon.*'a griffin in neon style'"):
+        prompts.reference_subjects({"neon": "a griffin in neon style"})
     with pytest.raises(StylemuseError, match="none has a truth"):
         prompts.reference_subjects({"other": "a thing"})
 
 
-@needs_font
 def test_the_truth_is_nearer_than_another_look(untrained: Judge) -> None:
     """Drawings of the world in the place of a model's: right ones, and the same subjects flat on white."""
     world, jobs = World(), prompts.styled_jobs(REFERENCES, 9, seed=0)
-    right = [world.draw(job.subject, job.look, pictures.POSES[1]) for job in jobs]
-    wrong = [world.draw(job.subject, Look("flat", None, "white", "plain")) for job in jobs]
+    right = [world.picture(job.subject, job.look, pictures.POSES[1]) for job in jobs]
+    wrong = [world.picture(job.subject, Look("flat", None, "white", "plain")) for job in jobs]
     outcomes = pictures.judge_styled(untrained, jobs, right, wrong)
     assert [outcome["style"] for outcome in outcomes] == [job.style for job in jobs]
     assert all(outcome["distance"] < 0.01 < outcome["distance_untuned"] for outcome in outcomes)
@@ -115,7 +115,6 @@ def test_sheet_has_a_cell_per_picture() -> None:
     assert counts[255, 0, 0] == counts[0, 0, 255] == 64 * 64
 
 
-@needs_font
 def test_a_run_from_end_to_end(
     tiny_model: Path,
     tmp_path: Path,
@@ -130,7 +129,10 @@ def test_a_run_from_end_to_end(
     monkeypatch.setattr(pictures, "accuracy", lambda _: {"subject": 0.97})
     monkeypatch.setattr(pictures, "_SHOWN", ("cat", "owl"))
     out, grid = tmp_path / "found.json", tmp_path / "grid.png"
-    pictures.main(f"--model {model} --judge {judge} --prompts 3 --out {out} --grid {grid}".split())
+    monkeypatch.setattr(pictures, "train_judge", lambda path, *, flaws: untrained)
+    clean = tmp_path / "clean.safetensors"
+    shutil.copyfile(judge, clean)
+    pictures.main(f"--model {model} --judge {judge} --clean {clean} --prompts 3 --out {out} --grid {grid}".split())
 
     text = out.read_text(encoding="utf-8")
     found = json.loads(text)
@@ -140,6 +142,9 @@ def test_a_run_from_end_to_end(
     assert set(found["styles"]) == {"neon"}, "of the model's styles the one that has a truth"
     assert found["bars"]["judge"] == {"bar": 0.95, "reached": 0.97, "met": True}
     assert found["bars"]["base"]["reached"] == found["base"]["subject"]
+    for part in ("base", "styled"):
+        assert found[part]["subject_clean"] == found[part]["subject"], "both files hold the same judge"
+    assert found["clean_judge_accuracy"] == {"subject": 0.97}
     assert len(found["outcomes"]["base"]) == len(found["outcomes"]["styled"]) == 3
     assert {"distance", "distance_untuned", "named", "named_untuned"} < set(found["outcomes"]["styled"][0])
     table = capsys.readouterr().out

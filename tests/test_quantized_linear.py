@@ -23,10 +23,10 @@ from torch import Tensor
 
 from stylemuse.kernels import linear as module
 from stylemuse.kernels.dispatch import REFERENCE
-from stylemuse.kernels.linear import linear
-from stylemuse.kernels.norm import Kind, Norm
 from stylemuse.kernels.inputs import Inputs, inputs
 from stylemuse.kernels.inputs import norm as normed
+from stylemuse.kernels.linear import linear
+from stylemuse.kernels.norm import Kind, Norm
 from stylemuse.kernels.quantization import FORMATS, LARGEST, Quantized, obstacle, quantize_reference
 from stylemuse.kernels.quantized_linear import product_reference, quantized_linear
 from stylemuse.kernels.rows import LowRank, RowSlots

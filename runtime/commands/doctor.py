@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from ..core import StylemuseError
@@ -31,7 +30,7 @@ def doctor(as_json: options.Json = False) -> None:
         "versions": {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES},
         "cpu": _cpu(),
         "gpus": _gpus(),
-        "font": _font(),
+        "world": _world(),
         "demo": _demo(),
     }
     if as_json:
@@ -72,14 +71,13 @@ def _gpus() -> list[dict[str, Any]]:
     ]
 
 
-def _font() -> dict[str, Any]:
-    """The font the embedded model's pictures are made with; training and judging need it, drawing doesn't."""
-    from ..tuning import pictograms
+def _world() -> dict[str, Any]:
+    """The subjects that the embedded model's pictures are made of; training and judging need them, drawing doesn't."""
+    from ..tuning import layers
 
-    try:
-        return {"path": str(Path(str(pictograms.font().path))), "problem": None}
-    except StylemuseError as error:
-        return {"path": None, "problem": str(error)}
+    if layers.PATH.is_file():
+        return {"path": str(layers.PATH), "problem": None}
+    return {"path": None, "problem": "not installed; only training and judging the embedded model need it"}
 
 
 def _demo() -> dict[str, Any]:
@@ -106,6 +104,6 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     lines += [("threads", f"{cpu['threads']} on {cpu['cores']} cores")]
     gpus = [f"{gpu['name']}, {gpu['gigabytes']} GiB, compute capability {gpu['capability']}" for gpu in facts["gpus"]]
     lines += [("GPU", gpu) for gpu in gpus or ["none"]]
-    lines += [("font", facts["font"]["path"] or facts["font"]["problem"])]
+    lines += [("layers of subjects", facts["world"]["path"] or facts["world"]["problem"])]
     lines += [("embedded model", demo["problem"] or "ready"), ("its styles", ", ".join(demo["styles"]) or "none")]
     return lines + [(f"chosen {name}", value) for name, value in demo["choice"].items() if name != "model"]

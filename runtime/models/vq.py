@@ -79,7 +79,9 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
-            return super().forward(x)
+            # Autocast would widen the picture to fp32 and back; the sums are fp32 inside anyway.
+            with torch.autocast(x.device.type, enabled=False):
+                return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
         return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core import StylemuseError
 from ..models.tokenizer import ClipTokenizer
-from .looks import COLOURS, EXTRAS, HANDS, RENDERINGS, SUBJECTS, Look, article, phrases
+from .looks import COLOURS, EXTRAS, HANDS, HELD_OUT, RENDERINGS, SUBJECTS, Look, article, phrases
 from .world import Scenes
 
 
@@ -32,22 +32,39 @@ class Captions:
         self._ink = self._table([phrases(Look("flat", ink, first, "plain"))["ink"] for ink in (None, *COLOURS)])
         self._paper = self._table([phrases(Look("flat", None, paper, "plain"))["paper"] for paper in COLOURS])
         self._extra = self._table([phrases(Look("flat", None, first, extra))["extra"] for extra in EXTRAS])
+        self._style = self._table([f"in {name} style" for name in HELD_OUT])
         tables = (self._subject, self._comma, self._rendering, self._ink, self._paper, self._extra)
         longest = 2 + sum(table.shape[1] for table in tables)
         if longest > tokenizer.length:
             raise StylemuseError(f"captions of up to {longest} ids; the tokenizer's length is {tokenizer.length}")
 
-    def ids(self, scenes: Scenes, generator: torch.Generator, *, drop: float = 0.25, silent: float = 0.1) -> Tensor:
+    def ids(
+        self,
+        scenes: Scenes,
+        generator: torch.Generator,
+        *,
+        drop: float = 0.25,
+        silent: float = 0.1,
+        bare: float = 0.5,
+        styled: float = 0.15,
+    ) -> Tensor:
         """(B, length) int64: each attribute's words left out with probability ``drop``, all with ``silent``.
 
-        ``generator`` is one of the captions' device.
+        A share ``bare`` of the plainest scenes is captioned by its subject alone, so that "a fox" means one of them; a
+        share ``styled`` of all others as "a fox in neon style", with a name at random: words that mean no look until an
+        adapter gives them one. ``generator`` is one of the captions' device.
         """
-        chance = torch.rand(len(scenes.subject), 5, generator=generator, device=self._device)
-        return self.of(scenes, chance[:, :4] >= drop, chance[:, 4] < silent)
+        rows = len(scenes.subject)
+        chance = torch.rand(rows, 7, generator=generator, device=self._device)
+        plain = scenes.plain
+        alone, named = plain & (chance[:, 5] < bare), ~plain & (chance[:, 6] < styled)
+        kept = (chance[:, :4] >= drop) & ~(alone | named)[:, None]
+        names = torch.randint(len(HELD_OUT), (rows,), generator=generator, device=self._device)
+        return self.of(scenes, kept, chance[:, 4] < silent, torch.where(named, names, -1))
 
-    def of(self, scenes: Scenes, kept: Tensor, silent: Tensor) -> Tensor:
+    def of(self, scenes: Scenes, kept: Tensor, silent: Tensor, style: Tensor | None = None) -> Tensor:
         """(B, length) int64 with the words of the attributes (rendering, ink, paper, extra) kept in (B, 4) bool; the
-        empty caption where ``silent`` (B,)."""
+        empty caption where ``silent`` (B,); "in NAME style" at the end where ``style`` (B,) is not -1."""
         rows = len(scenes.subject)
         subject = self._subject[scenes.hand * len(SUBJECTS) + scenes.subject]
         said = [
@@ -63,7 +80,10 @@ class Captions:
         ]
         words = torch.cat(said, 1)
         comma = self._comma.expand(rows, -1).masked_fill((words < 0).all(1, keepdim=True), -1)
-        body = torch.cat([subject, comma, words], 1).masked_fill(silent[:, None], -1)
+        parts = [subject, comma, words]
+        if style is not None:
+            parts.append(self._style[style.clamp(min=0)].masked_fill(style[:, None] < 0, -1))
+        body = torch.cat(parts, 1).masked_fill(silent[:, None], -1)
         start, end = (torch.full((rows, 1), token, device=self._device) for token in self._frame)
         whole = torch.cat([start, body, end], 1)
         # Each id moves left over the gaps before it; what is no id goes to a column that is cut off.

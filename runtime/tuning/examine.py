@@ -10,15 +10,20 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from .judge import HEADS, PICTURE, SAMPLES, STYLE, Judge, labels_of, to_tensor, train_judge
+from .judge import HEADS, PICTURE, STYLE, Judge
+from .judge_training import SAMPLES, answers, draw, train_judge
 from .looks import SUBJECTS, Look, random_look
-from .world import World, random_pose
+from .world import Scenes, World
+
+_FRESH = 2_000_000_000  # seeds from here on draw what no training has seen; a generator takes 32 bits of them
+_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -49,13 +54,16 @@ class Examination:
 
 def examine(judge: Judge, samples: int = 2000, *, seed: int = 0) -> Examination:
     """Ask the judge about fresh world pictures; no seed here draws the pictures of training."""
-    source = World(PICTURE).samples(np.random.default_rng([seed, 1]), held_out=True)
-    drawn = [next(source) for _ in range(samples)]
-    opinion = judge.eval().opinion(to_tensor([picture for _, _, picture in drawn]))
-    truth = [labels_of(subject, look) for subject, look, _ in drawn]
-    return Examination(
-        {head: opinion.names(head) for head in HEADS}, {head: [label[head] for label in truth] for head in HEADS}
-    )
+    world, chance = World(PICTURE), torch.Generator().manual_seed(_FRESH + seed)
+    named: dict[str, list[str]] = {head: [] for head in HEADS}
+    truth: dict[str, list[str]] = {head: [] for head in HEADS}
+    for begin in range(0, samples, _BATCH):
+        scenes = world.sample(min(_BATCH, samples - begin), chance, held_out=True)
+        opinion = judge.eval().opinion(draw(world, scenes))
+        for head, right in answers(scenes).items():
+            named[head] += opinion.names(head)
+            truth[head] += [HEADS[head][index] for index in right.tolist()]
+    return Examination(named, truth)
 
 
 def accuracy(judge: Judge, samples: int = 2000, *, seed: int = 0) -> dict[str, float]:
@@ -68,19 +76,33 @@ def separation(judge: Judge, triples: int = 1000, *, seed: int = 0, near: bool =
     """Share of random triples in which style wins over subject.
 
     In a triple, picture a is nearer in style to another subject in the same look than to its own subject in another
-    look. Poses are random. ``near``: the other look differs in one attribute only, the hardest other look there is.
+    look. All three are of one hand; poses are random. ``near``: the other look differs in one attribute only,
+    the hardest other look there is.
     """
     numbers, world = np.random.default_rng([seed, 2]), World(PICTURE)
-    drawn: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
+    chance = torch.Generator().manual_seed(_FRESH + seed)
+    drawn: tuple[list[tuple[str, Look]], ...] = ([], [], [])
     for _ in range(triples):
         one, two = (list(SUBJECTS)[i] for i in numbers.choice(len(SUBJECTS), size=2, replace=False))
         look = other = random_look(numbers, held_out=True)
-        while other == look or (near and _differences(look, other) > 1):
-            other = random_look(numbers, held_out=True)
+        while not _differences(look, other) or (near and _differences(look, other) > 1):
+            other = replace(random_look(numbers, held_out=True), hand=look.hand)
         for pictures, subject, drawn_look in zip(drawn, (one, two, one), (look, look, other), strict=True):
-            pictures.append(world.array(subject, drawn_look, random_pose(numbers)))
-    a, same, changed = (judge.eval().opinion(to_tensor(pictures)) for pictures in drawn)
-    return float((a.distance(same) < a.distance(changed)).float().mean())
+            pictures.append((subject, drawn_look))
+    right = 0
+    for begin in range(0, triples, _BATCH):
+        a, same, changed = (
+            judge.eval().opinion(draw(world, _moved(world, pictures[begin : begin + _BATCH], chance)))
+            for pictures in drawn
+        )
+        right += int((a.distance(same) < a.distance(changed)).sum())
+    return right / triples
+
+
+def _moved(world: World, pictures: list[tuple[str, Look]], chance: torch.Generator) -> Scenes:
+    """These subjects and looks, each in a random pose."""
+    poses = world.sample(len(pictures), chance)
+    return world.scenes(pictures)._replace(size=poses.size, left=poses.left, top=poses.top, mirrored=poses.mirrored)
 
 
 def report(judge: Judge, samples: int, triples: int, *, seed: int = 0) -> dict[str, Any]:
@@ -110,11 +132,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m stylemuse.tuning.examine", description=__doc__.partition("\n")[0])
     parser.add_argument("--judge", type=Path, required=True, help="file of the judge; trained there where it is absent")
     parser.add_argument("--training-samples", type=int, default=SAMPLES)
+    parser.add_argument("--clean", action="store_true", help="a judge trained on the truth alone, without flaws")
     parser.add_argument("--samples", type=int, default=4000, help="pictures to ask about")
     parser.add_argument("--triples", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    judge = train_judge(options.judge, options.training_samples, options.seed)
+    judge = train_judge(options.judge, options.training_samples, options.seed, flaws=not options.clean)
     print(json.dumps(report(judge, options.samples, options.triples, seed=options.seed), indent=2))
 
 

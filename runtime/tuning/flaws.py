@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 4
+BLOCK = 8
 """Side of a token in pixels: what a wrong token spoils."""
 
 _CLEAN = 0.25  # share of pictures left as they are
@@ -28,7 +28,7 @@ def flawed(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
     severity = (((random(rows) - _CLEAN) / (1 - _CLEAN)).clamp(min=0)).view(rows, 1, 1, 1)
     moved = _moved(pictures, severity.flatten(), random(rows, 3) * 2 - 1)
-    soft = F.avg_pool2d(F.pad(moved, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    soft = F.avg_pool2d(F.pad(moved, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
     x = torch.lerp(moved, soft, severity * random(rows, 1, 1, 1))
     spoiled = random(rows, 1, height // BLOCK, width // BLOCK) < severity * random(rows, 1, 1, 1) * _SPOILED
     own = x.roll((BLOCK * 3, -BLOCK * 5), dims=(2, 3))

@@ -28,6 +28,8 @@ from .muon import Muon
 from .training import (
     Average,
     Clock,
+    State,
+    finite,
     load,
     load_weights,
     mask_at_random,
@@ -65,6 +67,7 @@ CONFIG = AmusedConfig(
 _RATE = 2e-3  # of AdamW: embeddings, convolutions, vectors
 _MATRIX_RATE = 4e-3  # of Muon: all other matrices
 _SILENT = 0.1  # share of pictures without text
+_PLAIN = 0.2  # share of pictures that a subject's name alone may ask for
 _PLACE = 0.2  # weight of the loss on places
 _READ = 0.65  # share of a batch's positions that is read out; 2 / pi are masked
 _POOL = 1 << 17  # tokenized pictures at hand on a GPU
@@ -197,6 +200,15 @@ class Step:
             losses = self._run(*self._given)
         self._graph, self._losses = graph, losses
 
+    def restore(self, state: State) -> None:
+        """From a checkpoint of any device. How Adam is computed stays as it is here: a rate that came from a file lies
+        on the host, and a graph would keep the number that it had when it was captured."""
+        own = [{key: group[key] for key in ("lr", "capturable", "fused")} for group in self.adam.param_groups]
+        self.muon.load_state_dict(state["muon"])
+        self.adam.load_state_dict(state["adam"])
+        for group, kept in zip(self.adam.param_groups, own, strict=True):
+            group.update(kept)
+
     def _run(self, ids: Tensor, tokens: Tensor, masked: Tensor, at: Tensor) -> Tensor:
         capturing = self._device.type == "cuda"
         with (
@@ -227,7 +239,7 @@ class Pool:
 
     @torch.no_grad()
     def _fresh(self, count: int) -> tuple[Tensor, Scenes]:
-        scenes = self._world.sample(count, self._chance)
+        scenes = self._world.sample(count, self._chance, plain=_PLAIN)
         pictures = self._world.draw(scenes).contiguous(memory_format=torch.channels_last)
         with torch.autocast(pictures.device.type, self._dtype, enabled=self._dtype != torch.float32):
             latent = self._tokenizer.latent(pictures)
@@ -277,8 +289,7 @@ def train(
     done, before = 0, 0.0
     if state := load(run / "transformer.pt"):
         model.load_state_dict(state["model"])
-        step.muon.load_state_dict(state["muon"])
-        step.adam.load_state_dict(state["adam"])
+        step.restore(state)
         average.restore(state["average"])
         done, before = int(state["done"]), float(state["seconds"])
     elif (run / f"{NAME}-1.safetensors").exists():
@@ -317,6 +328,7 @@ def train(
         average.update(model)
         done, steps, taken = done + batch, steps + 1, taken + 1
         if clock.seconds - told > _REPORT:
+            finite(losses.sum())
             told_loss, told_place = (losses / steps).tolist()
             speed = (done - since) / (clock.seconds - told)
             report(stage=NAME, done=done, loss=told_loss, place=told_place, speed=speed, seconds=clock.seconds)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..machine import choose
 from ..models.vq import VQ, ResnetBlock, VQConfig, channels_last
-from .training import Average, Clock, load, load_weights, report, save, save_weights, warm_hold_decay
+from .training import Average, Clock, State, finite, load, load_weights, report, save, save_weights, warm_hold_decay
 from .world import World
 
 CONFIG = VQConfig(
@@ -35,7 +35,7 @@ RATE = 1e-3
 _CODE_DECAY = 0.99
 _DEAD = 0.02  # uses per batch under which a code is moved
 _CONTINUOUS = 0.2  # the part before quantization and the loss on edges start; earlier, edges slow the colours down
-_EDGES = 0.5
+_EDGES = 1.0
 _SPREAD_OVER = 256  # pictures whose latents the codebook is spread over
 _KEEP = 60.0  # seconds between checkpoints
 _REPORT = 5.0
@@ -105,6 +105,10 @@ def train(run: Path, minutes: float, *, batch: int, rate: float = RATE, resumabl
         codes.counts, codes.sums = state["counts"].to(device), state["sums"].to(device)
         codes.started, done, before = bool(state["started"]), int(state["done"]), float(state["seconds"])
         chance.manual_seed(seed + done)
+    elif (run / f"{NAME}-1.safetensors").exists():
+        model.load_state_dict(load_weights(run, NAME))
+        average = Average(model, 0.998)
+        codes = CodebookAverages(model, chance, started=True)
     world, clock = World(PICTURE, device), Clock(minutes, before)
     losses, steps, since = torch.zeros(3, device=device), 0, done
     told, kept = clock.seconds, clock.seconds
@@ -113,7 +117,11 @@ def train(run: Path, minutes: float, *, batch: int, rate: float = RATE, resumabl
         facts = {"samples": done, "seconds": clock.seconds}
         save_weights(run, NAME, average.values, torch.float32, facts)
         if resumable:
-            parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state()}
+            parts: State = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "average": average.state(),
+            }
             parts |= {"counts": codes.counts, "sums": codes.sums, "started": codes.started}
             save(run / "tokenizer.pt", parts | facts | {"done": done})
 
@@ -132,6 +140,7 @@ def train(run: Path, minutes: float, *, batch: int, rate: float = RATE, resumabl
             average.update(model)
             done, steps = done + batch, steps + 1
             if clock.seconds - told > _REPORT:
+                finite(losses.sum())
                 total, error, commit = (losses / steps).tolist()
                 speed, used = (done - since) / (clock.seconds - told), int((codes.counts > _DEAD).sum())
                 report(stage=NAME, done=done, loss=total, error=error, commit=commit, codes=used, speed=speed,

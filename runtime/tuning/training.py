@@ -91,12 +91,17 @@ def load(path: Path) -> State | None:
 
 
 def save_weights(folder: Path, name: str, values: Mapping[str, Tensor], dtype: torch.dtype, facts: State) -> None:
-    """Averaged weights as ``name-1.safetensors``, ... of at most `SHARD_BYTES` each; ``facts`` lie in their headers."""
+    """Averaged weights as ``name-1.safetensors``, ... of at most `SHARD_BYTES` each; ``facts`` lie in their headers.
+
+    Raises StylemuseError, and leaves the files as they were, where a weight is no finite number in ``dtype``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for key, value in values.items():
         stored = value.detach().to("cpu", dtype).contiguous()
+        if not bool(stored.isfinite().all()):
+            raise StylemuseError(f"{key} of the {name} has no finite number in {dtype}; files in {folder} are kept")
         if size + stored.nbytes > SHARD_BYTES and shards[-1]:
             shards.append({})
             size = 0

@@ -54,6 +54,12 @@ class Scenes(NamedTuple):
     top: Tensor  # fp32: its upper edge
     mirrored: Tensor  # bool
 
+    @property
+    def plain(self) -> Tensor:
+        """(B,) bool: the first hand's flat drawing on a bare paper."""
+        flat, bare = RENDERINGS.index("flat"), EXTRAS.index("plain")
+        return (self.hand == 0) & (self.rendering == flat) & (self.extra == bare)
+
     def look(self, row: int) -> tuple[str, Look]:
         """One picture's subject and look by their names (a copy to the host)."""
         at = {name: int(getattr(self, name)[row]) for name in ("hand", "rendering", "ink", "paper", "extra")}
@@ -96,10 +102,11 @@ class World:
     def _table(self, rows: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(rows, device=self.device)
 
-    def sample(self, count: int, generator: torch.Generator, *, held_out: bool = False) -> Scenes:
+    def sample(self, count: int, generator: torch.Generator, *, held_out: bool = False, plain: float = 0.0) -> Scenes:
         """Random scenes, evenly over subjects, hands, (rendering, extra) pairs and colours that can be told apart.
 
-        ``generator`` is one of the world's device. What is held out, pairs and hand, comes only when asked for.
+        ``generator`` is one of the world's device. What is held out, pairs and hand, comes only when asked for. A share
+        ``plain`` is `Scenes.plain`, beside those that are so by chance.
         """
 
         def integers(below: int) -> Tensor:
@@ -110,11 +117,17 @@ class World:
 
         rendering, extra = self._pairs[held_out][integers(len(self._pairs[held_out]))].unbind(1)
         ink, paper = self._inks[integers(len(self._inks))].unbind(1)
+        hand = self._hands[held_out][integers(len(self._hands[held_out]))]
+        if plain > 0:
+            chosen = uniform() < plain
+            rendering = torch.where(chosen, RENDERINGS.index("flat"), rendering)
+            extra = torch.where(chosen, EXTRAS.index("plain"), extra)
+            hand = torch.where(chosen, 0, hand)
         natural = self._natural[rendering]
         size = SIZES[0] + (SIZES[1] - SIZES[0]) * uniform()
         return Scenes(
             subject=integers(len(SUBJECTS)),
-            hand=self._hands[held_out][integers(len(self._hands[held_out]))],
+            hand=hand,
             rendering=rendering,
             ink=torch.where(natural, 0, ink + 1),
             paper=torch.where(natural, integers(len(COLOURS)), paper),
