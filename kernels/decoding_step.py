@@ -1,4 +1,4 @@
-"""What follows the network in a decoding step, in two launches and without a word to the host.
+"""What follows the network in a decoding step, in three launches and without a word to the host.
 
 For every masked position of a picture, with h_b (D,) the hidden states its branches left there, w_b their weights at
 this step, W (V, D) and c (V,) the head:
@@ -9,15 +9,20 @@ this step, W (V, D) and c (V,) the head:
 
 `hidden` is (R, N, D), one row per branch, rows named by ``canvases.rows``. The pictures' state is changed in place.
 
-The kernels. *Draw*: a program takes a tile of a picture's masked positions and `SPAN` codes. It adds the branches up in
-fp32 while it loads them for the product, adds the noise as it is made, and leaves four numbers per position: the best
-l + tau g with its code and logit, and the log-sum-exp. Weights and tiles of codes are read once per tile of
-positions; the list of masked positions is on the device, and programs beyond its end return at once, so that the work
-follows the number of masked positions while the launch stays the same. *Reveal*: one program per picture joins the
-spans, scores, finds the n-th least confidence by bisection on its bits, and writes tokens, the new list, and what the
-network sees next. Apart, logits and noise of M positions would be written and read, 16 M V bytes (33 MB of 256 x 8192)
-with the noise's integers on top; here 16 M V / 256 bytes are. Registers hold one tile of logits beside its noise: that
-limits the tiles (`stylemuse bench compiled`).
+The kernels. *Blend* adds the branches up in fp32, once for all codes, and leaves the sums in the order of the masked
+positions, as the product takes them. *Draw*: a program takes a tile of a picture's masked positions and `SPAN` codes.
+Nothing is between the loads and the matrix unit; noise is added to the tile as it is made, and four numbers are left
+per position: the best l + tau g with its code and logit, and the log-sum-exp. The list of masked positions is on the
+device, and programs beyond its end return at once, so that the work follows the number of masked positions while the
+launch stays the same. *Reveal*: one program per picture joins the spans, many at a time, scores, finds the n-th least
+confidence digit by digit from its bits, and writes tokens, the new list, and what the network sees next. Apart, logits
+and noise of M positions would be written and read, 16 M V bytes (33 MB of 256 x 8192) with the noise's integers on top;
+here 16 M V / 128 bytes are.
+
+By counting, for 256 masked positions, 8,192 codes and a width of 768 on an H100: blend moves 1.2 MB (2 us); draw is 128
+tiles of 128 x 128, one for each multiprocessor, which reads 0.4 MB (7 us from the L2 cache) and then runs 43,000
+instructions of a warp, most of them noise (7 us); reveal reads 0.26 MB (7 us, all of it waiting). Not measured yet. The
+version before, whose draw added the branches up between load and product, took 30 and 22 us there.
 
 A picture's result does not depend on its neighbours: spans are cut by codes alone, a branch that is not there adds
 nothing to the sum. Tokens are those of the reference but for the rounding of logits and logarithms: in half precision
@@ -36,13 +41,28 @@ from torch import Tensor
 
 from . import sampling
 from .canvases import Canvases, Schedules
-from .device import multiply
+from .device import follow, multiply
 from .dispatch import REFERENCE, STEP, Kernels, constant, forward_only, jit, operator, tl
-from .noise import gumbel, position_gumbel, token_words
-from .tuning import INTERPRETER, Call, Launch, Specimen, ceil_div, family, pick, power_of_two, precision
+from .noise import gumbel, token_words
+from .product import operand
+from .reveal import add_mass, better, reveal_choices, reveal_kernel
+from .tuning import (
+    INTERPRETER,
+    Call,
+    Described,
+    Launch,
+    Specimen,
+    ceil_div,
+    dependent,
+    describable,
+    family,
+    pick,
+    power_of_two,
+    precision,
+)
 
-SPAN = 256
-"""Codes of one program. 8192 codes x 256 positions in tiles of 64 are 128 programs: one for each multiprocessor."""
+SPAN = 128
+"""Codes of one program. 8192 codes x 256 positions in tiles of 128 are 128 programs: one for each multiprocessor."""
 
 _SPAN = constant(SPAN)
 _MINUS_INFINITY = constant(float("-inf"))
@@ -90,81 +110,99 @@ def choices(architecture: str, dtype: torch.dtype) -> tuple[Launch, ...]:
         return (_launch(16, 64, 32, 4, 1),)
     if dtype == torch.float32:
         return (_launch(32, 64, 32, 8, 2), _launch(16, 64, 32, 4, 2))
-    return (_launch(64, 128, 64, 8, 3), _launch(64, 64, 64, 8, 3), _launch(32, 64, 64, 4, 3))
+    large = _launch(128, 128, 64, 8, 3)
+    # Twice the warps to choose from, where one product is not the work of four of them.
+    crowded = () if architecture == "sm_100" else (_launch(128, 128, 64, 16, 3),)
+    return large, *crowded, _launch(64, 128, 64, 8, 3), _launch(64, 64, 64, 4, 3)
 
 
 def _launch(places: int, codes: int, inputs: int, warps: int, stages: int) -> Launch:
     return Launch({"BLOCK_PLACES": places, "BLOCK_CODES": codes, "BLOCK_INPUTS": inputs}, warps, stages)
 
 
-def reveal_choices(places: int) -> tuple[Launch, ...]:
-    """The launches of the revealing program for grids of so many positions: a whole grid lies in its registers."""
-    block = power_of_two(places)
-    return (Launch({"BLOCK_PLACES": block}, max(1, min(8, block // 64)), 1),)
-
-
-@jit
-def _better(best: tl.tuple, other: tl.tuple) -> tl.tuple:
-    """Of two (value, code, logit) the one of the larger value; the first where they are equal."""
-    better = other[0] > best[0]
-    return (
-        tl.where(better, other[0], best[0]),
-        tl.where(better, other[1], best[1]),
-        tl.where(better, other[2], best[2]),
-    )
-
-
-@jit
-def _add_mass(top: tl.tensor, mass: tl.tensor, other: tl.tensor) -> tl.tuple:
-    """A running sum mass * exp(top) rescaled to the larger of top and other: (top, mass, finite top to subtract)."""
-    higher = tl.maximum(top, other)
-    shift = tl.where(higher == _MINUS_INFINITY, 0.0, higher)
-    return higher, mass * tl.exp(top - shift), shift
+def blend_choices(inputs: int) -> tuple[Launch, ...]:
+    """The launches of the branches' sum for a width: about 2048 numbers a program."""
+    return (Launch({"BLOCK_PLACES": max(1, 2048 // power_of_two(inputs))}, 4, 1),)
 
 
 @jit
 def _by_word(x: tl.tensor, ROWS: tl.constexpr, BLOCKS: tl.constexpr) -> tl.tuple:
-    """(ROWS, 4 BLOCKS) -> its four (ROWS, BLOCKS)."""
-    even, odd = x.reshape(ROWS, 2, 2, BLOCKS).permute(0, 3, 1, 2).split()
+    """(ROWS, 4 BLOCKS) -> its four (ROWS, BLOCKS): numbers 0, 4, ..., then 1, 5, ..., and so on."""
+    even, odd = x.reshape(ROWS, BLOCKS, 2, 2).split()
     first, third = even.split()
     second, fourth = odd.split()
     return first, second, third, fourth
 
 
 @jit
-def _draw_kernel(
+def _blend_kernel(
     hidden: tl.tensor,
-    weight: tl.tensor,
-    bias: tl.tensor,
     rows: tl.tensor,
     weights: tl.tensor,
+    steps: tl.tensor,
+    counts: tl.tensor,
+    places: tl.tensor,
+    total: tl.tensor,
+    hidden_row: tl.tensor,
+    hidden_place: tl.tensor,
+    rows_picture: tl.tensor,
+    weights_step: tl.tensor,
+    schedule: tl.tensor,
+    positions: tl.tensor,
+    BRANCHES: tl.constexpr,
+    INPUTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    BLOCK_PLACES: tl.constexpr,
+) -> None:
+    """The weighted sum of the branches at some of one picture's masked positions."""
+    follow(DEPENDENT)
+    tile, picture = tl.program_id(0), tl.program_id(1)
+    count = tl.load(counts + picture)
+    if tile * BLOCK_PLACES >= count:
+        return
+    now = picture * schedule + tl.load(steps + picture)
+    entry = tile * BLOCK_PLACES + tl.arange(0, BLOCK_PLACES)
+    live = entry < count
+    place = tl.load(places + picture * positions + entry, live, 0)
+    channel = tl.arange(0, PADDED)
+    value = tl.zeros((BLOCK_PLACES, PADDED), tl.float32)
+    for branch in tl.static_range(BRANCHES):
+        share = tl.load(weights + now * weights_step + branch)
+        row = tl.load(rows + picture * rows_picture + branch).to(tl.int64)
+        width = tl.where(share != 0.0, INPUTS, 0)
+        at = hidden + row * hidden_row + place[:, None] * hidden_place + channel[None, :]
+        part = tl.load(at, live[:, None] & (channel < width)[None, :], 0.0)
+        value = tl.fma(part.to(tl.float32), share, value)
+    to = total + (picture * positions + entry).to(tl.int64)[:, None] * INPUTS + channel[None, :]
+    tl.store(to, value.to(total.dtype.element_ty), live[:, None] & (channel < INPUTS)[None, :])
+
+
+@jit
+def _draw_kernel(
+    total: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
     temperatures: tl.tensor,
     seeds: tl.tensor,
     steps: tl.tensor,
     counts: tl.tensor,
     places: tl.tensor,
     partials: tl.tensor,
-    hidden_row: tl.tensor,
-    hidden_place: tl.tensor,
-    weight_code: tl.tensor,
-    rows_picture: tl.tensor,
-    weights_step: tl.tensor,
     schedule: tl.tensor,
     positions: tl.tensor,
     plane: tl.tensor,
-    BRANCHES: tl.constexpr,
     INPUTS: tl.constexpr,
     CODES: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_PLACES: tl.constexpr,
     BLOCK_CODES: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
 ) -> None:
-    """A tile of one picture's masked positions, and one span of the codes.
-
-    A tile's column c holds code first + 4 (c mod BLOCKS) + c // BLOCKS: the logits of one word of the noise are a
-    quarter of the tile, and the noise is made in that order. Split so, warps exchange the tile once.
-    """
+    """A tile of one picture's masked positions, and one span of the codes. Rows beyond the list hold anything."""
+    follow(DEPENDENT)
     BLOCKS: tl.constexpr = BLOCK_CODES // 4
     tile, span, picture = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     count = tl.load(counts + picture)
@@ -172,44 +210,27 @@ def _draw_kernel(
         return
     step = tl.load(steps + picture)
     seed = tl.load(seeds + picture)
-    now = picture * schedule + step
-    temperature = tl.load(temperatures + now)
+    temperature = tl.load(temperatures + picture * schedule + step)
     entry = tile * BLOCK_PLACES + tl.arange(0, BLOCK_PLACES)
     live = entry < count
     place = tl.load(places + picture * positions + entry, live, 0)
-
-    sources: tl.tuple = ()
-    shares: tl.tuple = ()
-    widths: tl.tuple = ()
-    for branch in tl.static_range(BRANCHES):
-        share = tl.load(weights + now * weights_step + branch)
-        row = tl.load(rows + picture * rows_picture + branch).to(tl.int64)
-        sources += (hidden + row * hidden_row + place * hidden_place,)
-        shares += (share,)
-        widths += (tl.where(share != 0.0, INPUTS, 0),)
+    first_row, end = picture * positions + tile * BLOCK_PLACES, picture * positions + count
 
     none = tl.full((BLOCK_PLACES,), _MINUS_INFINITY, tl.float32)
     best = (none, tl.zeros((BLOCK_PLACES,), tl.int32), none)
     top, mass = none, tl.zeros((BLOCK_PLACES,), tl.float32)
-    column = tl.arange(0, BLOCK_CODES)
     for first in range(span * _SPAN, tl.minimum(span * _SPAN + _SPAN, CODES), BLOCK_CODES):
-        code = first + 4 * (column % BLOCKS) + column // BLOCKS
+        code = first + tl.arange(0, BLOCK_CODES)
         logits = tl.zeros((BLOCK_PLACES, BLOCK_CODES), tl.float32)
         for start in range(0, INPUTS, BLOCK_INPUTS):
-            inputs = start + tl.arange(0, BLOCK_INPUTS)
-            total = tl.zeros((BLOCK_PLACES, BLOCK_INPUTS), tl.float32)
-            for branch in tl.static_range(BRANCHES):
-                inside = live[:, None] & (inputs < widths[branch])[None, :]
-                part = tl.load(sources[branch][:, None] + inputs[None, :], inside, 0.0)
-                total = tl.fma(part.to(tl.float32), shares[branch], total)
-            inside = (inputs < INPUTS)[:, None] & (code < CODES)[None, :]
-            head = tl.load(weight + code[None, :] * weight_code + inputs[:, None], inside, 0.0)
-            logits = multiply(total.to(head.dtype), head, logits, PRECISION)
+            sums = operand(total, first_row, start, end, INPUTS, DESCRIBED, BLOCK_PLACES, BLOCK_INPUTS)
+            head = operand(weight, first, start, CODES, INPUTS, DESCRIBED, BLOCK_CODES, BLOCK_INPUTS)
+            logits = multiply(sums, head.T, logits, PRECISION)
         if bias is not None:
             logits += tl.load(bias + code, code < CODES, 0.0).to(tl.float32)[None, :]
         logits = tl.where((code < CODES)[None, :], logits, _MINUS_INFINITY)
 
-        top, mass, shift = _add_mass(top, mass, tl.max(logits, axis=1))
+        top, mass, shift = add_mass(top, mass, tl.max(logits, axis=1))
         mass += tl.sum(tl.exp(logits - shift[:, None]), axis=1)
 
         block = first // 4 + tl.arange(0, BLOCKS)
@@ -219,92 +240,17 @@ def _draw_kernel(
         chosen = (parts[0] + temperature * gumbel(words[0]), codes, parts[0])
         for word in tl.static_range(1, 4):
             value = parts[word] + temperature * gumbel(words[word])
-            chosen = _better(chosen, (value, codes + word, parts[word]))
+            chosen = better(chosen, (value, codes + word, parts[word]))
         value = tl.max(chosen[0], axis=1)
         token = tl.min(tl.where(chosen[0] == value[:, None], chosen[1], CODES - 1), axis=1)
         logit = tl.max(tl.where(chosen[1] == token[:, None], chosen[2], _MINUS_INFINITY), axis=1)
-        best = _better(best, (value, token, logit))
+        best = better(best, (value, token, logit))
 
     at = partials + (picture * tl.num_programs(1) + span).to(tl.int64) * positions + entry
     tl.store(at, best[0], live)
     tl.store(at + plane, best[1].to(tl.float32), live)
     tl.store(at + 2 * plane, best[2], live)
     tl.store(at + 3 * plane, top + tl.log(mass), live)
-
-
-@jit
-def _reveal_kernel(
-    partials: tl.tensor,
-    rows: tl.tensor,
-    masked_after: tl.tensor,
-    temperatures: tl.tensor,
-    raw_logit: tl.tensor,
-    seeds: tl.tensor,
-    steps: tl.tensor,
-    counts: tl.tensor,
-    places: tl.tensor,
-    drawn: tl.tensor,
-    inputs: tl.tensor,
-    rows_picture: tl.tensor,
-    schedule: tl.tensor,
-    positions: tl.tensor,
-    spans: tl.tensor,
-    plane: tl.tensor,
-    mask_id: tl.tensor,
-    BRANCHES: tl.constexpr,
-    BLOCK_PLACES: tl.constexpr,
-) -> None:
-    """One picture: join its spans, score, choose what is masked again, and end the step."""
-    picture = tl.program_id(0)
-    count = tl.load(counts + picture)
-    if count == 0:
-        return
-    step = tl.load(steps + picture)
-    seed = tl.load(seeds + picture)
-    now = picture * schedule + step
-    entry = tl.arange(0, BLOCK_PLACES)
-    live = entry < count
-    place = tl.load(places + picture * positions + entry, live, 0)
-
-    none = tl.full((BLOCK_PLACES,), _MINUS_INFINITY, tl.float32)
-    best = (none, tl.zeros((BLOCK_PLACES,), tl.float32), none)
-    top, mass = none, tl.zeros((BLOCK_PLACES,), tl.float32)
-    for span in range(spans):
-        at = partials + (picture * spans + span).to(tl.int64) * positions + entry
-        value, code = tl.load(at, live, 0.0), tl.load(at + plane, live, 0.0)
-        logit, log_mass = tl.load(at + 2 * plane, live, 0.0), tl.load(at + 3 * plane, live, 0.0)
-        best = _better(best, (value, code, logit))
-        top, mass, shift = _add_mass(top, mass, log_mass)
-        mass += tl.exp(log_mass - shift)
-    token = best[1].to(tl.int64)
-
-    score = best[2] - tl.where(tl.load(raw_logit + picture), 0.0, top + tl.log(mass))
-    confidence = score + tl.load(temperatures + now) * position_gumbel(seed, step, place)
-    # As unsigned numbers in the order of the confidences; both zeros are one.
-    bits = tl.where(confidence == 0.0, 0.0, confidence).to(tl.int32, bitcast=True)
-    key = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
-    wanted = tl.minimum(tl.load(masked_after + now), count)
-    threshold = tl.zeros((1,), tl.uint32)
-    for bit in range(32):
-        higher = threshold | (tl.full((1,), 1, tl.uint32) << (31 - bit))
-        below = tl.sum((live & (key < higher)).to(tl.int32), axis=0)
-        threshold = tl.where(below < wanted, higher, threshold)
-    below = live & (key < threshold)
-    equal = (live & (key == threshold)).to(tl.int32)
-    left = wanted - tl.sum(below.to(tl.int32), axis=0)
-    again = below | ((equal > 0) & (tl.cumsum(equal, axis=0) <= left))
-
-    # All threads have read the picture's state before any of it is written.
-    tl.debug_barrier()
-    order = tl.cumsum(again.to(tl.int32), axis=0) - 1
-    tl.store(places + picture * positions + order, place, again)
-    tl.store(drawn + picture * positions + place, token, live)
-    for branch in tl.static_range(BRANCHES):
-        row = tl.load(rows + picture * rows_picture + branch)
-        seen = inputs + row.to(tl.int64) * positions + place
-        tl.store(seen, tl.where(again, mask_id, token), live & (entry * 0 + row >= 0))
-    tl.store(counts + picture, wanted)
-    tl.store(steps + picture, step + 1)
 
 
 def calls(
@@ -315,13 +261,13 @@ def calls(
     schedules: Schedules,
     mask_id: int,
     architecture: str,
-) -> tuple[Call, Call]:
-    """Both launches, with the numbers that pass from one to the other."""
+) -> tuple[Call, Call, Call]:
+    """Blend, draw and reveal, with what passes from one to the other."""
     codes, inputs = weight.shape
     pictures, positions = canvases.places.shape
     steps, branches = schedules.weights.shape[1:]
     spans = ceil_div(codes, SPAN)
-    assert codes <= 1 << 24, "a code passes as an fp32 number"
+    assert codes < 1 << 24, "a code passes as an fp32 number"
     assert hidden.stride(2) == weight.stride(1) == 1, "inputs lie side by side"
     assert canvases.rows.shape == (pictures, branches)
     assert schedules.masked_after.shape == schedules.token_temperature.shape == (pictures, steps)
@@ -333,34 +279,40 @@ def calls(
     assert canvases.rows.stride(1) == schedules.weights.stride(2) == 1, "branches lie side by side"
     assert pictures == 1 or schedules.weights.stride(0) == steps * schedules.weights.stride(1)
 
+    total, weight = weight.new_empty(pictures * positions, inputs), weight.contiguous()
     partials = torch.empty(4, pictures, spans, positions, device=hidden.device)
-    shared: dict[str, Tensor | int] = {
-        "partials": partials, "rows": canvases.rows, "seeds": canvases.seeds, "steps": canvases.steps,
-        "counts": canvases.counts, "places": canvases.places, "schedule": steps, "positions": positions,
-        "plane": partials.stride(0), "rows_picture": canvases.rows.stride(0),
+    state: dict[str, Tensor | int] = {
+        "steps": canvases.steps, "counts": canvases.counts, "places": canvases.places, "schedule": steps,
+        "positions": positions,
     }  # fmt: skip
-    strides = {
-        "weights_step": schedules.weights.stride(1),
-        "hidden_row": hidden.stride(0),
-        "hidden_place": hidden.stride(1),
-        "weight_code": weight.stride(0),
-    }
+    branched: dict[str, Tensor | int] = {"rows": canvases.rows, "rows_picture": canvases.rows.stride(0)}
+    left: dict[str, Tensor | int] = {"seeds": canvases.seeds, "partials": partials, "plane": partials.stride(0)}
+    follows = {"DEPENDENT": dependent(architecture)}
+    blend = Call(
+        _blend_kernel,
+        {"hidden": hidden, "weights": schedules.weights, "total": total, "hidden_row": hidden.stride(0),
+         "hidden_place": hidden.stride(1), "weights_step": schedules.weights.stride(1), **state, **branched},
+        {"BRANCHES": branches, "INPUTS": inputs, "PADDED": power_of_two(inputs), **follows},
+        lambda tiles: (ceil_div(positions, tiles["BLOCK_PLACES"]), pictures),
+    )  # fmt: skip
+    described = architecture not in ("sm_80", "gfx942") and describable(total) and describable(weight)
     draw = Call(
         _draw_kernel,
-        {"hidden": hidden, "weight": weight, "bias": bias, "weights": schedules.weights,
-         "temperatures": schedules.token_temperature, **shared, **strides},
-        {"BRANCHES": branches, "INPUTS": inputs, "CODES": codes, "PRECISION": precision(architecture)},
+        {"total": Described(total, ("BLOCK_PLACES", "BLOCK_INPUTS")) if described else total,
+         "weight": Described(weight, ("BLOCK_CODES", "BLOCK_INPUTS")) if described else weight, "bias": bias,
+         "temperatures": schedules.token_temperature, **state, **left},
+        {"INPUTS": inputs, "CODES": codes, "DESCRIBED": described, "PRECISION": precision(architecture), **follows},
         lambda tiles: (ceil_div(positions, tiles["BLOCK_PLACES"]), spans, pictures),
     )  # fmt: skip
     reveal = Call(
-        _reveal_kernel,
-        {**shared, "masked_after": schedules.masked_after, "temperatures": schedules.choice_temperature,
+        reveal_kernel,
+        {"masked_after": schedules.masked_after, "temperatures": schedules.choice_temperature,
          "raw_logit": schedules.raw_logit, "drawn": canvases.tokens, "inputs": canvases.inputs,
-         "spans": spans, "mask_id": mask_id},
-        {"BRANCHES": branches},
+         "spans": spans, "mask_id": mask_id, **state, **branched, **left},
+        {"BRANCHES": branches, **follows},
         lambda tiles: (pictures,),
     )  # fmt: skip
-    return draw, reveal
+    return blend, draw, reveal
 
 
 def _nothing(*_: object) -> None:
@@ -376,10 +328,11 @@ def _nothing(*_: object) -> None:
 def _decoding_step(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask_id: int, *state: Tensor) -> None:
     canvases, schedules = Canvases(*state[:7]), Schedules(*state[7:])
     architecture = family(hidden.device)
-    draw, reveal = calls(hidden, weight, bias, canvases, schedules, mask_id, architecture)
-    problem = f"{weight.shape[0]} x {weight.shape[1]} {str(weight.dtype).removeprefix('torch.')}"
+    blend, draw, reveal = calls(hidden, weight, bias, canvases, schedules, mask_id, architecture)
+    inputs, positions = weight.shape[1], canvases.places.shape[1]
+    blend.run(pick("blend", f"{inputs} inputs", hidden.device, blend_choices(inputs)))
+    problem = f"{weight.shape[0]} x {inputs} {str(weight.dtype).removeprefix('torch.')}"
     draw.run(pick("decoding_step", problem, hidden.device, choices(architecture, weight.dtype)))
-    positions = canvases.places.shape[1]
     reveal.run(pick("reveal", f"{positions} positions", hidden.device, reveal_choices(positions)))
 
 
@@ -417,7 +370,7 @@ def specimens(architecture: str) -> Iterator[Specimen]:
 
     def launches(
         dtype: torch.dtype, branches: int, positions: int, codes: int, inputs: int, biased: bool
-    ) -> tuple[Call, Call]:
+    ) -> tuple[Call, Call, Call]:
         pictures, steps, rows, index = 2, 12, 2 * branches, torch.int32
         canvases = Canvases(
             seeds=empty(pictures, dtype=torch.int64), rows=empty(pictures, branches, dtype=index),
@@ -437,10 +390,11 @@ def specimens(architecture: str) -> Iterator[Specimen]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         for branches in (1, 2, 3, 5):
-            draw, _ = launches(dtype, branches, 256, 8192, 768, False)
-            yield Specimen(f"draw, {branches} branches, {name}", draw, choices(architecture, dtype), matrix=True)
-        draw, _ = launches(dtype, 3, 256, 1024, 1152, True)
-        yield Specimen(f"draw with bias, 3 branches, {name}", draw, choices(architecture, dtype), matrix=True)
+            blend, _, _ = launches(dtype, branches, 256, 8192, 768, False)
+            yield Specimen(f"blend, {branches} branches, {name}", blend, blend_choices(768), matrix=False)
+        for what, codes, inputs in (("draw", 8192, 768), ("draw with bias", 1024, 1152)):
+            _, draw, _ = launches(dtype, 2, 256, codes, inputs, what != "draw")
+            yield Specimen(f"{what}, {name}", draw, choices(architecture, dtype), matrix=True)
     for side in (8, 16, 32, 64):
-        _, reveal = launches(torch.bfloat16, 3, side * side, 8192, 768, False)
+        _, _, reveal = launches(torch.bfloat16, 3, side * side, 8192, 768, False)
         yield Specimen(f"reveal, {side} x {side}", reveal, reveal_choices(side * side), matrix=False)

@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .convolution import convolve
 from .dispatch import REFERENCE, Kernels, forward_only, jit, operator, tl
 from .norm import norm_reference
 from .tuning import Call, Launch, Specimen, ceil_div, named_strides, pick, power_of_two
@@ -27,7 +27,7 @@ def depthwise_norm_reference(
     x: Tensor, grid: tuple[int, int], kernel: Tensor, weight: Tensor, epsilon: float
 ) -> Tensor:
     """The definition in plain torch."""
-    h = F.conv2d(x.unflatten(1, grid).permute(0, 3, 1, 2), kernel, padding=1, groups=kernel.shape[0])
+    h = convolve(x.unflatten(1, grid).permute(0, 3, 1, 2), kernel, padding=1, groups=kernel.shape[0])
     return norm_reference(h.permute(0, 2, 3, 1).flatten(1, 2), weight, epsilon)
 
 

@@ -10,9 +10,9 @@ which a convolution does not promise.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from .convolution import convolve
 from .dispatch import REFERENCE, Kernels
 from .inputs import norm as normed
 from .linear import linear
@@ -26,7 +26,7 @@ def halve(
     x = x if norm is None else normed(x, norm, kernels=kernels)
     planes = x.unflatten(1, grid)
     if "linear" not in kernels.triton:
-        return F.conv2d(planes.permute(0, 3, 1, 2), kernel, stride=2).permute(0, 2, 3, 1).flatten(1, 2)
+        return convolve(planes.permute(0, 3, 1, 2), kernel, stride=2).permute(0, 2, 3, 1).flatten(1, 2)
     patches = planes.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 5, 2, 4)
     return linear(patches.flatten(3).flatten(1, 2), kernel.flatten(1), kernels=kernels)
 
@@ -38,7 +38,7 @@ def double(
     if "linear" not in kernels.triton:
         x = x if norm is None else normed(x, norm, kernels=kernels)
         planes = x.unflatten(1, grid).permute(0, 3, 1, 2)
-        return F.conv_transpose2d(planes, kernel, stride=2).permute(0, 2, 3, 1).flatten(1, 2)
+        return convolve(planes, kernel, stride=2, transposed=True).permute(0, 2, 3, 1).flatten(1, 2)
     patches = linear(x, kernel.flatten(1).T, norm=norm, kernels=kernels).unflatten(2, (-1, 2, 2)).unflatten(1, grid)
     # (R, h, w, D, 2, 2) -> (R, h, 2, w, 2, D)
     return patches.permute(0, 1, 4, 2, 5, 3).flatten(1, 4)

@@ -26,10 +26,11 @@ from .kernels.dispatch import REFERENCE, Kernels
 from .kernels.quantization import NAMES
 from .kernels.rows import BASE, RowAdapters, RowSlots
 from .machine import Machine
+from .models.amused import Amused
 from .models.conditioning import Layout, SideBySide
 from .models.layers import Conditioning, Linear
 from .models.text import TextOutput
-from .models.vq import channels_last
+from .models.vq import VQ, channels_last
 
 AESTHETIC_SCORE = 6.0
 
@@ -102,9 +103,11 @@ class TorchNetwork:
         self.tokenizer = networks.tokenizer
         self._stacked: _Stacked | None = None
         self._layouts: dict[int, Layout] = {}
-        self._side_by_side = SideBySide(self.transformer) if "linear" in kernels.triton else None
-        self._encode, self._draw = self._captured(self.text_encoder), self._captured(self._drawn)
-        self._condition = self._captured(self._conditioning)
+        side_by_side = SideBySide(self.transformer) if "linear" in kernels.triton else None
+        self._encode, self._draw = self._captured(self.text_encoder), self._captured(partial(_drawn, self.vq))
+        self._condition = self._captured(
+            partial(_conditioned, self.transformer, side_by_side, self.bank, self._layouts)
+        )
 
     def _captured(self, function: Function) -> Captured:
         """One launch where launches are slow to call; the reference reads slots on the host, so it is called."""
@@ -159,9 +162,9 @@ class TorchNetwork:
     def contexts(self, rows: Sequence[tuple[TextOutput, tuple[int, int], int, float]]) -> list[Context]:
         """The step-constant parts of rows of (text, grid, slot, scale), each as it would be alone."""
         parts = [rows[first : first + _TOGETHER] for first in range(0, len(rows), _TOGETHER)]
-        return [context for part in parts for context in self._conditioned(part)]
+        return [context for part in parts for context in self._together(part)]
 
-    def _conditioned(self, rows: Sequence[tuple[TextOutput, tuple[int, int], int, float]]) -> list[Context]:
+    def _together(self, rows: Sequence[tuple[TextOutput, tuple[int, int], int, float]]) -> list[Context]:
         # A power of two of texts: oneDNN compiles a product for every number of rows, and keeps it.
         filler = [rows[0]] * ((1 << (len(rows) - 1).bit_length()) - len(rows))
         texts, grids, slots, scales = zip(*rows, *filler, strict=True)
@@ -176,19 +179,6 @@ class TorchNetwork:
         )
         layout = self._layouts[penultimate.shape[1]]
         return [Context(_own(made, row), layout, grid, slot, scale) for row, (_, grid, slot, scale) in enumerate(rows)]
-
-    def _conditioning(self, text: Tensor, pooled: Tensor, micro: Tensor, *styles: Tensor) -> tuple[Tensor]:
-        """`Amused.condition` of rows, packed; ``styles`` are their slots and scales, as `_styles` has them."""
-        # All places: where a style has nothing its rank is 0, and no other launch is made for it.
-        adapters = RowAdapters(RowSlots(*styles), self.bank.sites) if styles else None
-        if self._side_by_side is not None:
-            packed, layout = self._side_by_side.condition(text, pooled, micro, adapters)
-        else:
-            made = self.transformer.condition(text, pooled, micro, adapters)
-            layout = Layout.of(made)
-            packed = layout.pack({name: value[: len(text)] for name, value in made.items()})
-        self._layouts[text.shape[1]] = layout
-        return (packed,)
 
     def _styles(self, rows: Sequence[tuple[int, float]]) -> tuple[Tensor, ...]:
         """Slots and scales of rows (slot, scale); nothing where no style changes keys or values of the text."""
@@ -236,11 +226,6 @@ class TorchNetwork:
         # One way to the host: a copy waits for what was launched before it.
         return [Image.fromarray(array) for array in torch.cat(drawn).cpu().numpy()]
 
-    def _drawn(self, codes: Tensor) -> tuple[Tensor]:
-        """(B, h, w) codes -> (B, H, W, 3) bytes."""
-        drawn = self.vq.decode(codes).float().permute(0, 2, 3, 1)
-        return ((drawn * 255).round().to(torch.uint8),)
-
     @torch.no_grad()
     def codes(self, picture: Image.Image, grid: tuple[int, int]) -> Tensor:
         """A picture, resized to the grid -> codes (h, w)."""
@@ -260,6 +245,35 @@ class TorchNetwork:
     def _slots(self, rows: Sequence[tuple[int, float]]) -> tuple[Tensor, Tensor]:
         slots = torch.tensor([slot for slot, _ in rows], device=self.device)
         return slots, torch.tensor([scale for _, scale in rows], dtype=torch.float32, device=self.device)
+
+
+def _conditioned(
+    transformer: Amused,
+    side_by_side: SideBySide | None,
+    bank: Bank,
+    layouts: dict[int, Layout],
+    text: Tensor,
+    pooled: Tensor,
+    micro: Tensor,
+    *styles: Tensor,
+) -> tuple[Tensor]:
+    """`Amused.condition` of rows, packed; ``styles`` are their slots and scales. Layouts are left by length of text."""
+    # All places: where a style has nothing its rank is 0, and no other launch is made for it.
+    adapters = RowAdapters(RowSlots(*styles), bank.sites) if styles else None
+    if side_by_side is not None:
+        packed, layout = side_by_side.condition(text, pooled, micro, adapters)
+    else:
+        made = transformer.condition(text, pooled, micro, adapters)
+        layout = Layout.of(made)
+        packed = layout.pack({name: value[: len(text)] for name, value in made.items()})
+    layouts[text.shape[1]] = layout
+    return (packed,)
+
+
+def _drawn(vq: VQ, codes: Tensor) -> tuple[Tensor]:
+    """(B, h, w) codes -> (B, H, W, 3) bytes."""
+    drawn = vq.decode(codes).float().permute(0, 2, 3, 1)
+    return ((drawn * 255).round().to(torch.uint8),)
 
 
 def _own(values: Tensor, row: int) -> Tensor:

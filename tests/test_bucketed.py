@@ -38,12 +38,12 @@ REQUESTS = [
 
 @pytest.fixture
 def pipe(tiny_model: Path) -> Pipeline:
-    return bucketed(load(tiny_model))
+    return bucketed(load(tiny_model, device="cpu"))
 
 
 @pytest.fixture
 def plain(tiny_model: Path) -> Pipeline:
-    return load(tiny_model)
+    return load(tiny_model, device="cpu")
 
 
 def test_backend_triton_decodes_in_buckets(tiny_model: Path, plain: Pipeline) -> None:
@@ -72,7 +72,7 @@ def test_previews_are_the_plain_loops(pipe: Pipeline, plain: Pipeline) -> None:
 
         def look(preview: Any, shown: list[Any] = shown) -> None:
             shown.extend(
-                (preview.step, preview.tokens(index).numpy().copy(), preview.images(index)[0].tobytes())
+                (preview.step, preview.tokens(index).cpu().numpy().copy(), preview.images(index)[0].tobytes())
                 for index in preview.requests
             )
 
@@ -129,7 +129,7 @@ def test_an_engine_draws_all_kinds(pipe: Pipeline, plain: Pipeline) -> None:
 def test_an_engines_previews(pipe: Pipeline, plain: Pipeline) -> None:
     expected: list[Any] = []
     request = Request("a fox", "ink", n=2, seed=7, sampling=Sampling(6))
-    plain.run([request], on_step=lambda preview: expected.append(preview.tokens(0).numpy().copy()))
+    plain.run([request], on_step=lambda preview: expected.append(preview.tokens(0).cpu().numpy().copy()))
 
     async def follow() -> list[Any]:
         with Engine(pipe) as engine:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stylemuse.kernels import sampling
 from stylemuse.kernels.canvases import Canvases, Schedules
-from stylemuse.kernels.decoding_step import SPAN, calls, choices
+from stylemuse.kernels.decoding_step import SPAN, blend_choices, calls, choices
 from stylemuse.kernels.dispatch import triton_kernels
 from stylemuse.kernels.tuning import family
 
@@ -33,7 +33,8 @@ def same(one: Batch, other: Batch) -> None:
 
 def drawn(batch: Batch) -> Tensor:
     """What the draw leaves for every listed position: (4, B, spans, N) fp32; all else is NaN."""
-    draw, _ = calls(*batch, len(batch.weight), family(DEVICE))
+    blend, draw, _ = calls(*batch, len(batch.weight), family(DEVICE))
+    blend.run(blend_choices(batch.weight.shape[1])[0])
     draw.arguments["partials"].fill_(torch.nan)
     draw.run(choices(family(DEVICE), batch.weight.dtype)[0])
     return draw.arguments["partials"]

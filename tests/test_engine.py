@@ -149,7 +149,7 @@ def test_no_step_waits_for_a_style_that_is_read(
 def test_previews_are_the_picture_on_its_way(engine: Engine, pipe: Pipeline) -> None:
     seen: list[Any] = []
     request = Request("a fox", style="ink", n=2, seed=7, sampling=Sampling(6))
-    pipe.run([request], on_step=lambda preview: seen.append((preview.tokens(0).numpy(), preview.images(0))))
+    pipe.run([request], on_step=lambda preview: seen.append((preview.tokens(0).cpu().numpy(), preview.images(0))))
 
     async def follow() -> list[Any]:
         ticket = engine.submit(request, previews=99)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import StylemuseError
+from ..kernels.convolution import convolve
 from .layers import fresh
 
 _EPSILON = 1e-6
@@ -62,6 +63,14 @@ class VQConfig:
         return cls(**fields)
 
 
+class Conv(nn.Conv2d):
+    """torch's, whose fp32 is fp32 on a GPU too (`kernels.convolution`); square, and with zeros around."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        stride, padding = self.stride[0], int(self.padding[0])
+        return convolve(x, self.weight, self.bias, stride=stride, padding=padding)
+
+
 class GroupNorm(nn.GroupNorm):
     """torch's, with sums that do not depend on the number of threads.
 
@@ -82,10 +91,10 @@ class ResnetBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, groups: int) -> None:
         super().__init__()
         self.norm1 = GroupNorm(groups, inputs, eps=_EPSILON)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.conv1 = Conv(inputs, outputs, 3, padding=1)
         self.norm2 = GroupNorm(groups, outputs, eps=_EPSILON)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
+        self.conv2 = Conv(outputs, outputs, 3, padding=1)
+        self.conv_shortcut = Conv(inputs, outputs, 1) if inputs != outputs else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -98,7 +107,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
@@ -109,7 +118,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -141,7 +150,7 @@ class Encoder(nn.Module):
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             Level(
                 widths[max(i - 1, 0)],
@@ -154,7 +163,7 @@ class Encoder(nn.Module):
         )
         self.mid_block = Level(widths[-1], widths[-1], 2, groups, None)
         self.conv_norm_out = GroupNorm(groups, widths[-1], eps=_EPSILON)
-        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+        self.conv_out = Conv(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -169,7 +178,7 @@ class Decoder(nn.Module):
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = Level(widths[0], widths[0], 2, groups, None)
         self.up_blocks = nn.ModuleList(
             Level(
@@ -182,7 +191,7 @@ class Decoder(nn.Module):
             for i in range(len(widths))
         )
         self.conv_norm_out = GroupNorm(groups, widths[-1], eps=_EPSILON)
-        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+        self.conv_out = Conv(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(x))
@@ -217,9 +226,9 @@ class VQ(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.quant_conv = nn.Conv2d(config.latent_channels, config.embed_dim, 1)
+        self.quant_conv = Conv(config.latent_channels, config.embed_dim, 1)
         self.quantize = Codebook(config.num_vq_embeddings, config.embed_dim)
-        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.latent_channels, 1)
+        self.post_quant_conv = Conv(config.embed_dim, config.latent_channels, 1)
         self.decoder = Decoder(config)
 
     def latent(self, pictures: Tensor) -> Tensor:
