@@ -29,7 +29,8 @@ from ..core import StylemuseError
 from .lines import trace
 from .looks import HANDS, SUBJECTS
 
-PATH = Path(__file__).parent / "data" / "layers.safetensors"
+# A strict editable install links the modules, not what the wheel leaves out.
+PATH = Path(__file__).resolve().parent / "data" / "layers.safetensors"
 SIDE = 160
 FINE = 3 * SIDE  # what is rendered and traced, before it is averaged down
 PACKAGES = {"fluent": "fluent-emoji-flat", "noto": "noto", "twemoji": "twemoji"}
