@@ -131,7 +131,7 @@ def _quantized(written: folder.Written, path: Path, requests: Sequence[Any]) -> 
     (description, graph), step = written.built["step"], path / "step.onnx"
     seen = agreement.record(open_folder(path, known=written.manifest), requests)
     errors = quantize.sensitivity(description, graph, step, [seen[0], seen[len(seen) // 2]])
-    graph.nodes = quantize.quantize(graph, errors)
+    quantize.quantize(graph, errors)
     # Removed first: what still maps the old file keeps it.
     for old in (step, files.sidecar(step)):
         old.unlink(missing_ok=True)

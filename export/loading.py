@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from .. import cpu
 from ..core import StylemuseError
 from ..pipeline import Pipeline, load
 from . import manifest
@@ -72,6 +73,11 @@ def open_folder(
     made = manifest.read(path) if known is None else known
     if dtype not in (None, made.precision):
         raise StylemuseError(f"dtype {dtype!r} is not there; this folder was exported in {made.precision}")
+    if missing := [name for name in made.instructions if name not in cpu.features()]:
+        raise StylemuseError(
+            f"the {made.precision} graphs of {path} need {' and '.join(missing)} instructions; without them this CPU "
+            f"draws other pictures. Export again: stylemuse export FOLDER --model MODEL --precision {made.precision}"
+        )
     shelf = Shelf(path, made)
 
     def style(slot: int) -> tuple[object, str, Callable[[], Mapping[str, Array]]]:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import cpu
 from ..core import StylemuseError
 from .spec import GRAPHS, Axis, Tensor
 
@@ -94,6 +95,7 @@ class Manifest:
         defaults: what the model recommends, "steps" and "scale".
         schedule: the numbers of every step of the default schedule on an empty grid, for readers without this runtime.
         agreement: how the graphs compare with the networks they were made from.
+        instructions: those of ``cpu.NAMES`` without which a CPU computes something else.
     """
 
     model: str
@@ -112,6 +114,7 @@ class Manifest:
     rows: tuple[int, ...] = ()
     schedule: Mapping[str, Any] = field(default_factory=dict)
     agreement: Mapping[str, Any] = field(default_factory=dict)
+    instructions: tuple[str, ...] = ()
 
     def write(self, folder: Path) -> None:
         """Write manifest.json."""
@@ -145,7 +148,9 @@ def read(folder: Path) -> Manifest:
 
 
 def _manifest(facts: Mapping[str, Any]) -> Manifest:
-    known = {name: facts[name] for name in Manifest.__dataclass_fields__}
+    # Version 0.1 wrote int8 graphs with weights of eight bits, and nothing of what they need.
+    older = {"instructions": ["VNNI"] if facts["precision"] == "int8" else []}
+    known = {name: (older | facts)[name] for name in Manifest.__dataclass_fields__}
     if unknown := facts.keys() - known.keys() - {"schema"}:
         raise StylemuseError(f"{NAME} has an unknown entry {sorted(unknown)[0]!r}"[:200])
     _need(
@@ -166,6 +171,8 @@ def _manifest(facts: Mapping[str, Any]) -> Manifest:
     rows = known["rows"] = tuple(known["rows"])
     _need(all(type(count) is int and 1 <= count <= MAX_ROWS for count in rows), f"rows are from 1 to {MAX_ROWS}")
     _need(isinstance(known["model"], str), "model must be a text")
+    needed = known["instructions"] = tuple(known["instructions"])
+    _need(set(needed) <= set(cpu.NAMES), f"instructions are of {', '.join(cpu.NAMES)}")
     for name in ("defaults", "schedule", "agreement", "graphs", "styles"):
         _need(isinstance(known[name], dict), f"{name} must be an object")
     defaults = known["defaults"]

@@ -112,7 +112,7 @@ def nodes(folder: Path) -> dict[str, list[str]]:
     graph = onnx.load(folder / "step.onnx", load_external_data=False).graph
     words, floats, others, noise = set[str](), set[str](), set[str](), list[str]()
     for node in graph.node:
-        if node.op_type in ("MatMul", "MatMulInteger") or others.intersection(node.input):
+        if node.op_type in ("MatMul", "MatMulIntegerToFloat") or others.intersection(node.input):
             others.update(node.output)
         elif node.op_type == "BitwiseXor" or words.intersection(node.input):
             words.update(node.output)

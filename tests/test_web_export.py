@@ -66,6 +66,8 @@ def test_the_noise_is_found_in_the_graph(run: Run, model: Path, tmp_path: Path) 
     assert {"Log", "Log_1", "Log_2", "Log_3"} <= set(found["noise"]), "both Gumbel numbers"
     assert "LogSoftmax" not in found["noise"]
     assert all(".attention" in name for name in found["attention"])
+    run("export", "small", "--model", model, "--styles", "ink", "--precision", "int8")
+    assert page.nodes(tmp_path / "small") == found, "products in int8 are products, too"
 
 
 def test_a_package_that_is_not_there(run: Run, no_model: None, tmp_path: Path) -> None:

@@ -49,13 +49,13 @@ def _version(package: str) -> str | None:
 def _cpu() -> dict[str, Any]:
     import torch
 
-    from ..machine import cpu_has_bf16
+    from .. import cpu
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "machine": f"{platform.system()} {platform.machine()}",
         "vectors": torch.backends.cpu.get_cpu_capability(),
-        "bf16": cpu_has_bf16(),
+        "instructions": {name: name in cpu.features() for name in cpu.NAMES},
         "cores": usable,
         "threads": torch.get_num_threads(),
     }
@@ -99,8 +99,9 @@ def _demo() -> dict[str, Any]:
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     cpu, demo = facts["cpu"], facts["demo"]
     lines = [(package, found or "not installed") for package, found in facts["versions"].items()]
-    bf16 = "with" if cpu["bf16"] else "without"
-    lines += [("CPU", f"{cpu['machine']}, {cpu['vectors']}, {bf16} bf16 instructions")]
+    lines += [("CPU", f"{cpu['machine']}; torch uses {cpu['vectors']}")]
+    has = [name for name, there in cpu["instructions"].items() if there]
+    lines += [("instructions", f"{', '.join(has) or 'unknown'}")]
     lines += [("threads", f"{cpu['threads']} on {cpu['cores']} cores")]
     gpus = [f"{gpu['name']}, {gpu['gigabytes']} GiB, compute capability {gpu['capability']}" for gpu in facts["gpus"]]
     lines += [("GPU", gpu) for gpu in gpus or ["none"]]
