@@ -30,15 +30,33 @@ _PROGRAM = "import triton; from stylemuse.bench.resources import worker; worker(
 
 
 def rows(
-    architectures: Sequence[str], *, match: str = "", defaults: bool = False, workers: int = 1
+    architectures: Sequence[str],
+    *,
+    match: str = "",
+    defaults: bool = False,
+    workers: int = 1,
+    known: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
-    """The figures of all launches, or of the default ones, of the specimens whose name matches; see `resources`."""
+    """The figures of all launches, or of the default ones, of the specimens whose name matches; see `resources`.
+
+    What is `known` without faults, and whose source is still the same, is not compiled again.
+    """
     if importlib.util.find_spec("triton") is None:
         raise StylemuseError("the package triton is not installed; it compiles the kernels")
-    orders = [
-        {"architectures": list(architectures), "match": match, "defaults": defaults, "worker": i, "workers": workers}
-        for i in range(workers)
-    ]
+    fine = {row["key"]: row for row in known if not row["faults"]}
+    return _all(
+        {"architectures": architectures, "match": match, "defaults": defaults, "known": fine, "keys": False}, workers
+    )
+
+
+def keys(architectures: Sequence[str], *, workers: int = 1) -> list[str]:
+    """Of every launch, in the order of `rows`: what its compiled code depends on."""
+    order = {"architectures": architectures, "match": "", "defaults": False, "known": {}, "keys": True}
+    return [row["key"] for row in _all(order, workers)]
+
+
+def _all(order: dict[str, Any], workers: int) -> list[dict[str, Any]]:
+    orders = [order | {"worker": index, "workers": workers} for index in range(workers)]
     with ThreadPoolExecutor(workers) as pool:
         found = [row for part in pool.map(_run, orders) for row in part]
     return [{name: row[name] for name in row if name != "index"} for row in sorted(found, key=lambda row: row["index"])]
@@ -52,6 +70,17 @@ def _run(order: dict[str, Any]) -> list[dict[str, Any]]:
     if ended.returncode:
         raise StylemuseError(f"a kernel does not compile: {ended.stderr.strip()[-2000:]}")
     return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A document that ``--out`` wrote; an error where the file is none."""
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if all("key" in row and "faults" in row for row in document["launches"]):
+            return document
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise StylemuseError(f"{path} is no document of `stylemuse bench compiled --out`")
 
 
 def table(found: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -74,13 +103,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--match", default="", help="a regular expression that the names must contain")
     parser.add_argument("--defaults", action="store_true", help="only the launches chosen without measuring")
     parser.add_argument("--workers", type=count, default=os.cpu_count() or 1, help="processes that compile")
+    parser.add_argument("--known", type=Path, help="a former document: only what has changed since is compiled")
     parser.add_argument("--out", type=Path, help="write the JSON document to this file, and a table beside it")
     options = parser.parse_args(arguments)
     try:
         re.compile(options.match)
     except re.error as error:
         parser.error(f"argument --match: {options.match!r} is not a regular expression: {error}")
-    found = rows(options.architectures, match=options.match, defaults=options.defaults, workers=options.workers)
+    known = () if options.known is None else read(options.known)["launches"]
+    found = rows(
+        options.architectures, match=options.match, defaults=options.defaults, workers=options.workers, known=known
+    )
     if not found:
         parser.error(f"argument --match: no kernel's name contains {options.match!r}")
     lines = list(table(found))

@@ -14,6 +14,7 @@ its own, ``worker``, in an environment where kernels are made for GPUs.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -54,7 +55,8 @@ class Figures:
     """One launch of one specimen on one architecture.
 
     `registers` are a thread's; `spilled` are bytes of local memory a thread has; `shared` bytes of a program;
-    `matrix_instructions` counts those of the matrix units in the code, by name; `faults` says what is wrong.
+    `matrix_instructions` counts those of the matrix units in the code, by name; `faults` says what is wrong; `key` is
+    that of what was compiled.
     """
 
     architecture: str
@@ -68,11 +70,22 @@ class Figures:
     occupancy: float
     matrix_instructions: dict[str, int]
     faults: tuple[str, ...]
+    key: str
+
+
+def key(architecture: str, specimen: Specimen, launch: Launch) -> str:
+    """What the compiled code depends on: the source of the kernel and of all it calls, its arguments, the compiler."""
+    parts = (triton.__version__, TARGETS[architecture], launch.options, _source(specimen, launch).hash())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _source(specimen: Specimen, launch: Launch) -> ASTSource:
+    return ASTSource(specimen.call.kernel, *specimen.call.signature(launch))
 
 
 def compiled(architecture: str, specimen: Specimen, launch: Launch) -> Figures:
     """Compile it and look."""
-    source = ASTSource(specimen.call.kernel, *specimen.call.signature(launch))
+    source = _source(specimen, launch)
     made = triton.compile(source, target=TARGETS[architecture], options=launch.options)
     if "cubin" in made.asm:
         text, (registers, spilled) = made.asm["ptx"], _of_cubin(made.asm["cubin"])
@@ -95,6 +108,7 @@ def compiled(architecture: str, specimen: Specimen, launch: Launch) -> Figures:
         occupancy(architecture, launch.warps, registers, shared),
         found,
         tuple(_faults(architecture, specimen, launch, spilled, shared, text)),
+        key(architecture, specimen, launch),
     )
 
 
@@ -153,8 +167,22 @@ def jobs(architectures: list[str], pattern: str) -> Iterator[tuple[str, Specimen
 
 
 def worker() -> None:
-    """Read what to do as JSON from standard input; print the figures of every n-th job, a line each."""
+    """Read what to do as JSON from standard input; print the figures of every n-th job, a line each.
+
+    Figures that are `known`, by their keys, are not compiled again. With `keys`, keys alone are told.
+    """
     order: dict[str, Any] = json.load(sys.stdin)
+    known: dict[str, dict[str, Any]] = order["known"]
     for index, job in enumerate(jobs(order["architectures"], order["match"])):
-        if index % order["workers"] == order["worker"] and not (order["defaults"] and job[2] != job[1].launches[0]):
-            print(json.dumps({"index": index, **asdict(compiled(*job))}), flush=True)
+        architecture, specimen, launch = job
+        if index % order["workers"] != order["worker"] or (order["defaults"] and launch != specimen.launches[0]):
+            continue
+        made = key(*job)
+        if order["keys"]:
+            figures: dict[str, Any] = {"key": made}
+        elif made in known:
+            names = {"architecture": architecture, "name": specimen.name, "launch": str(launch)}
+            figures = {**known[made], **names, "default": launch == specimen.launches[0]}
+        else:
+            figures = asdict(compiled(*job))
+        print(json.dumps({"index": index, **figures}), flush=True)

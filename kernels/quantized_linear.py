@@ -14,6 +14,8 @@ in, at twice the rate of the matrix units; for that the first launch is there al
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -30,13 +32,20 @@ _EXACT_INPUTS = 1040
 """Sums of so many products of int8 numbers, at most 127^2 each, are below 2^24: exact in fp32 in any order."""
 
 
+@cache
+def int_mm_is_exact() -> bool:
+    """Whether torch's product of int8 numbers adds in 32 bits on this CPU; without VNNI two products are added in 16,
+    which saturate. The product itself is asked: oneDNN may be told to leave instructions unused."""
+    most = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(most, -most.T) == -64 * 127**2).all())
+
+
 def product_reference(x: Tensor, weight: Tensor) -> Tensor:
     """Q_x Q_W^T of 8-bit numbers: (..., in), (out, in) -> (..., out), int32 and exact for int8, else fp32."""
     if weight.dtype != torch.int8:
         return x.float() @ weight.float().T
     flat = x.flatten(0, -2)
-    if x.device.type == "cpu" and flat.shape[1] > 1 and getattr(torch.cpu, "_is_vnni_supported", lambda: False)():
-        # Only with VNNI: without, sums of two products saturate at 16 bits on the way. Of one input it is wrong.
+    if x.device.type == "cpu" and flat.shape[1] > 1 and int_mm_is_exact():  # of one input it is wrong
         total = torch._int_mm(flat, weight.T)
     else:
         pairs = zip(flat.split(_EXACT_INPUTS, 1), weight.split(_EXACT_INPUTS, 1), strict=True)

@@ -1,4 +1,4 @@
-"""What this CPU can do: the instruction sets that decide what is computed in. Neither torch nor ONNX Runtime is needed."""
+"""What this CPU can do: the instruction sets that decide what is computed in. Needs neither torch nor ONNX Runtime."""
 
 from __future__ import annotations
 

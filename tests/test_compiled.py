@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
-import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import Run, refused
@@ -18,7 +20,7 @@ TOGETHER = (
 RESULTS = Path(__file__).parent.parent / "bench/results/compiled.json"
 FIELDS = {
     "architecture", "name", "launch", "default", "warps", "registers", "spilled", "shared", "occupancy",
-    "matrix_instructions", "faults",
+    "matrix_instructions", "faults", "key",
 }  # fmt: skip
 pytest.importorskip("triton")
 
@@ -43,25 +45,35 @@ def test_default_launches_of_half_precision(architecture: str) -> None:
     assert newest in used if newest else any(name.startswith("v_mfma") for name in used)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", FAMILIES)
-def test_every_default_launch_of_bfloat16(architecture: str) -> None:
-    """Every default in one number format; `stylemuse bench compiled` compiles all launches in all of them."""
-    match = "bfloat16|reveal"
-    rows = compiled.rows([architecture], match=match, defaults=True, workers=os.cpu_count() or 1)
-    named = [each for each in specimens(architecture) if "bfloat16" in each.name or "reveal" in each.name]
-    assert [(row["name"], row["launch"]) for row in rows] == [(s.name, str(s.launches[0])) for s in named]
-    assert not faults(rows)
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    """The committed table."""
+    return compiled.read(RESULTS)
 
 
-@pytest.mark.skipif(not RESULTS.exists(), reason="no bench/results/compiled.json; `stylemuse bench compiled` makes it")
-def test_results_are_of_all_kernels() -> None:
-    """The committed table has every launch, without faults."""
-    document = json.loads(RESULTS.read_text(encoding="utf-8"))
-    there = {(row["architecture"], row["name"], row["launch"]) for row in document["launches"]}
-    wanted = {(a, s.name, str(launch)) for a in FAMILIES for s in specimens(a) for launch in s.launches}
-    assert there == wanted
+def test_the_committed_table_is_of_these_kernels(document: dict[str, Any]) -> None:
+    """Every launch of every kernel as it is now, on every chip, without faults. After a change to a kernel:
+
+    stylemuse bench compiled --known bench/results/compiled.json --out bench/results/compiled.json
+    """
+    wanted = [(a, s.name, str(launch)) for a in FAMILIES for s in specimens(a) for launch in s.launches]
+    assert [(row["architecture"], row["name"], row["launch"]) for row in document["launches"]] == wanted
     assert not faults(document["launches"])
+    if document["versions"]["triton"] != (here := importlib.metadata.version("triton")):
+        pytest.skip(f"compiled by Triton {document['versions']['triton']}; {here} is here")
+    keys = compiled.keys(FAMILIES)
+    changed = sorted({row["name"] for row, now in zip(document["launches"], keys, strict=True) if row["key"] != now})
+    assert not changed
+
+
+def test_what_is_known_is_not_compiled_again(document: dict[str, Any]) -> None:
+    """And what was known with a fault, or of another source, is."""
+    match, (first, *others) = "^draw, 3 branches", document["launches"]
+    of_draw = [row for row in (first, *others) if re.search(match, row["name"]) and row["architecture"] == "sm_80"]
+    told = [{**row, "registers": -1} for row in of_draw]
+    assert {row["registers"] for row in compiled.rows(["sm_80"], match=match, known=told)} == {-1}
+    stale = [{**told[0], "key": "another"}, *({**row, "faults": ["spilled"]} for row in told[1:])]
+    assert all(row["registers"] > 0 for row in compiled.rows(["sm_80"], match=match, known=stale))
 
 
 def test_the_command(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from test_triton_linear import low_rank, random, rows
 from torch import Tensor
 
 from stylemuse.kernels import linear as module
+from stylemuse.kernels import quantized_linear as quantized_products
 from stylemuse.kernels.dispatch import REFERENCE
 from stylemuse.kernels.inputs import Inputs, inputs
 from stylemuse.kernels.inputs import norm as normed
@@ -100,12 +101,23 @@ def test_int8_products_are_exact_either_way(monkeypatch: pytest.MonkeyPatch) -> 
     x[1] = torch.randint(-127, 128, (3, 2817), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
     weight = torch.full((5, 2817), -127, dtype=torch.int8, device=DEVICE)
     expected = x.double() @ weight.double().T
-    for vnni in (True, False) if hasattr(torch.cpu, "_is_vnni_supported") else (False,):
-        if not vnni or torch.cpu._is_vnni_supported():
-            monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda vnni=vnni: vnni, raising=False)
-            found = product_reference(x, weight)
-            assert found.dtype == torch.int32
-            assert torch.equal(found.double(), expected)
+    for exact_product in {quantized_products.int_mm_is_exact(), False}:
+        monkeypatch.setattr(quantized_products, "int_mm_is_exact", lambda answer=exact_product: answer)
+        found = product_reference(x, weight)
+        assert found.dtype == torch.int32
+        assert torch.equal(found.double(), expected)
+
+
+def test_the_product_is_asked_whether_it_saturates(monkeypatch: pytest.MonkeyPatch) -> None:
+    def saturating(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        pairs = ((a.int() + 128)[:, :, None] * b.int()[None]).unflatten(1, (-1, 2)).sum(2)
+        return pairs.clamp(-(2**15), 2**15 - 1).sum(1) - 128 * b.int().sum(0)
+
+    quantized_products.int_mm_is_exact.cache_clear()
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    assert not quantized_products.int_mm_is_exact()
+    monkeypatch.undo()
+    quantized_products.int_mm_is_exact.cache_clear()
 
 
 @pytest.mark.parametrize("number", FORMATS.values(), ids=FORMATS)
