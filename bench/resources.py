@@ -28,6 +28,8 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.language import constexpr
+from triton.runtime import JITFunction
 
 from stylemuse.kernels.tuning import SHARED_MEMORY, Launch, Specimen, specimens
 
@@ -74,9 +76,27 @@ class Figures:
 
 
 def key(architecture: str, specimen: Specimen, launch: Launch) -> str:
-    """What the compiled code depends on: the source of the kernel and of all it calls, its arguments, the compiler."""
-    parts = (triton.__version__, TARGETS[architecture], launch.options, _source(specimen, launch).hash())
+    """What the compiled code depends on: the source of the kernel and of all it calls, its arguments, the compiler.
+
+    Triton's own key of a kernel is another one when other kernels were asked for theirs before.
+    """
+    source = _source(specimen, launch)
+    parts = (
+        triton.__version__, TARGETS[architecture], launch.options, source.signature, source.constants, source.attrs,
+        dict(_sources(specimen.call.kernel)),
+    )  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _sources(function: JITFunction[Any]) -> Iterator[tuple[str, object]]:
+    """The texts of a kernel and of what it calls, and the numbers that it reads from its module."""
+    yield function.fn.__qualname__, function.src
+    for name in function.fn.__code__.co_names:
+        value = function.fn.__globals__.get(name)
+        if isinstance(value, JITFunction):
+            yield from _sources(value)
+        elif isinstance(value, constexpr):
+            yield f"{function.fn.__qualname__} {name}", value.value
 
 
 def _source(specimen: Specimen, launch: Launch) -> ASTSource:

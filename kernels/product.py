@@ -74,7 +74,8 @@ def choices(
             _launch(64, 64, depth, 4, 4), _launch(64, 32, depth, 4, 5), _launch(128, 32, depth, 4, 5),
         )  # fmt: skip
     large = [_launch(128, 128, depth, 8, 4), _launch(64, 256, depth, 8, 4), _launch(64, 128, depth, 4, 4)]
-    if activation == "none" and not eight:  # beside a gelu, or the scales, its accumulators spill
+    # Its accumulators spill beside a gelu or the scales, and on sm_100 beside a narrow weight's residual.
+    if activation == "none" and not eight and (outputs >= 2048 or architecture != "sm_100"):
         large.append(_launch(128, 256, depth, 8, 3))
     small = [
         _launch(64, 64, depth, 4, 5), _launch(64, 64, depth, 4, 3), _launch(128, 64, depth, 4, 5),
