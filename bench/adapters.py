@@ -16,8 +16,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from stylemuse import Pipeline
 from stylemuse.adapters import canonical
+from stylemuse.assembly import TorchPipeline, in_torch
 from stylemuse.machine import DTYPES
 
 from . import measure, steps
@@ -29,7 +29,7 @@ MANY_SWAPS = 1000
 
 
 def mixing(
-    pipe: Pipeline, batch: int, *, branches: int, decoding: int, repeats: int, rates: dict[str, Any]
+    pipe: TorchPipeline, batch: int, *, branches: int, decoding: int, repeats: int, rates: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Steps of a batch without, with one and with as many adapters as pictures, each with its ratio to the first."""
     chosen = [steps.Variant(branches, batch, adapters) for adapters in steps.ADAPTERS]
@@ -38,11 +38,11 @@ def mixing(
     return [row | {"to_base": row["step"]["p50"] / base} for row in rows]
 
 
-def swaps(pipe: Pipeline, registered: Sequence[int], *, repeats: int) -> list[dict[str, Any]]:
+def swaps(pipe: TorchPipeline, registered: Sequence[int], *, repeats: int) -> list[dict[str, Any]]:
     """Times to change a style, by where the new one is and how many are registered; the pipeline's styles go."""
     for name in pipe.adapters.names:
         pipe.adapters.remove(name)
-    rows, slots = [], pipe.adapters.bank.slots
+    rows, slots = [], pipe.adapters.slots
     for number in registered:
         facts = {"model": pipe.name, "registered": number, "rank": steps.RANK, "device": str(pipe.network.device)}
         if number >= slots:  # the new one comes in before the old one goes
@@ -59,7 +59,7 @@ def swaps(pipe: Pipeline, registered: Sequence[int], *, repeats: int) -> list[di
     return rows
 
 
-def memory(pipe: Pipeline, number: int) -> dict[str, Any]:
+def memory(pipe: TorchPipeline, number: int) -> dict[str, Any]:
     """The process's memory before and after that many swaps from host memory."""
     with _changes(pipe) as changes:
         _times(changes["host memory"], 10, pipe)
@@ -72,7 +72,7 @@ def memory(pipe: Pipeline, number: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _changes(pipe: Pipeline) -> Iterator[dict[str, Callable[[], Any]]]:
+def _changes(pipe: TorchPipeline) -> Iterator[dict[str, Callable[[], Any]]]:
     """Ways to change the first style, by where the new one comes from; two take turns, so that each is a change."""
     pair = [random_adapter(pipe, style_name(0), rank=steps.RANK, seed=1000 + index) for index in range(2)]
     names, held = cycle(pipe.adapters.names), cycle(pair)
@@ -87,7 +87,7 @@ def _changes(pipe: Pipeline) -> Iterator[dict[str, Callable[[], Any]]]:
         }
 
 
-def _times(change: Callable[[], Any], repeats: int, pipe: Pipeline) -> list[float]:
+def _times(change: Callable[[], Any], repeats: int, pipe: TorchPipeline) -> list[float]:
     """Seconds of each of so many changes, after one that doesn't count."""
     change()
     seconds = []
@@ -132,8 +132,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.steps < 2 or options.batch < 2:
         parser.error("--steps and --batch are at least 2")
     slots = max(*options.registered, options.batch) + 1
-    pipe = pipeline(
-        options.model, device=options.device, dtype=options.dtype, seed=options.seed, slots=slots, rank=steps.RANK
+    pipe = in_torch(
+        pipeline(
+            options.model, device=options.device, dtype=options.dtype, seed=options.seed, slots=slots, rank=steps.RANK
+        )
     )
     rates = measure.roofs(pipe.network.device, [pipe.network.dtype])
     mixed = mixing(

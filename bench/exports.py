@@ -123,7 +123,7 @@ def contestant(job: peers.Job, kind: Kind, path: Path) -> peers.Contestant:
             for each in jobs:
                 each.acquire()
             canvases = pipe.jobs.canvases(jobs, {"text": 0.0, "condition": 0.0})
-            decode(pipe.network, list(chain.from_iterable(canvases)), None, per_step)
+            decode(pipe.decoder(), list(chain.from_iterable(canvases)), None, per_step)
         finally:
             for each in jobs:
                 each.release()

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 import stylemuse as sm
+from stylemuse.assembly import TorchPipeline, in_torch
 from stylemuse.kernels import tuning
 from stylemuse.kernels.dispatch import obstacle
 from stylemuse.machine import choose
@@ -70,13 +71,14 @@ class Plan:
     folder: Path = Path("out/gpu")
     minutes: float = 1.5
 
-    def pipeline(self, slots: int = 32) -> sm.Pipeline:
+    def pipeline(self, slots: int = 32) -> TorchPipeline:
         """Triton where it can run."""
         backend = "reference" if obstacle(self.device) else "triton"
-        return networks.pipeline(
+        made = networks.pipeline(
             self.model, device=str(self.device), dtype=measure.short(self.dtype), seed=self.seed, slots=slots,
             rank=steps.RANK, backend=backend,
         )  # fmt: skip
+        return in_torch(made)
 
 
 def tiny(plan: Plan) -> Plan:

@@ -17,9 +17,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stylemuse import Pipeline
 from stylemuse.adapters.canonical import Adapter
-from stylemuse.assembly import assemble
+from stylemuse.assembly import TorchPipeline, assemble
 from stylemuse.decoding.loop import Canvas, advance
 from stylemuse.decoding.schedule import amused
 from stylemuse.kernels import tuning
@@ -61,7 +60,7 @@ def count(config: AmusedConfig, *, branches: int = 2, adapter: str = "none") -> 
     return dict(counter.found)
 
 
-def _canvas(pipe: Pipeline, branches: int, adapter: str) -> Canvas:
+def _canvas(pipe: TorchPipeline, branches: int, adapter: str) -> Canvas:
     network, steps = pipe.network, amused(TINY.sample_size**2, TINY.sample_size**2, 3)
     slots = [BASE] * branches
     if adapter != "none":
@@ -75,7 +74,7 @@ def _canvas(pipe: Pipeline, branches: int, adapter: str) -> Canvas:
     )
 
 
-def _bottleneck(pipe: Pipeline) -> Adapter:
+def _bottleneck(pipe: TorchPipeline) -> Adapter:
     sites = pipe.network.transformer.config.bottleneck_sites()
     return Adapter("look", "bottleneck", {site: (torch.ones(w, 2), torch.ones(2, w)) for site, w in sites.items()})
 

@@ -28,20 +28,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stylemuse import Pipeline
+from stylemuse.assembly import TorchPipeline
+from stylemuse.core import AESTHETIC_SCORE
 from stylemuse.decoding.loop import Canvas, decode
 from stylemuse.decoding.schedule import amused
 from stylemuse.kernels.linear import linear_reference
 from stylemuse.kernels.rows import LowRank, RowAdapters, RowSlots
 from stylemuse.models.vq import VQ, GroupNorm
-from stylemuse.network import AESTHETIC_SCORE, TorchNetwork
+from stylemuse.network import TorchNetwork
 
 from . import measure
 
 Runs = Mapping[str, Callable[[], Any]]
 
 
-def rows(pipe: Pipeline, style: str, *, batch: int, decoding: int, repeats: int) -> list[dict[str, Any]]:
+def rows(pipe: TorchPipeline, style: str, *, batch: int, decoding: int, repeats: int) -> list[dict[str, Any]]:
     """A row for each part with its seconds both ways, and the ratio of a whole batch of one-branch requests."""
     network, slot = pipe.network, pipe.adapters.bank.slot(style)
     masked = round(fmean(amused(_tokens(network), _tokens(network), decoding).masked_after[:-1]))

@@ -17,7 +17,7 @@ from torch import nn
 
 from stylemuse import Pipeline, load
 from stylemuse.adapters.canonical import Adapter
-from stylemuse.assembly import assemble
+from stylemuse.assembly import TorchPipeline, assemble
 from stylemuse.folder import Networks, read_model, write_model
 from stylemuse.hub import resolve
 from stylemuse.kernels.quantization import FORMATS
@@ -97,7 +97,7 @@ def _exported(model: str, device: str | None, dtype: str | None, seed: int, slot
 
 def architecture(pipe: Pipeline) -> AmusedConfig:
     """The numbers of its transformer; graphs have none, so they are those of the model that was exported."""
-    if pipe.network.name != "onnx":
+    if isinstance(pipe, TorchPipeline):
         return pipe.network.transformer.config
     if pipe.name == "demo":
         return AmusedConfig.from_dict(json.loads((resolve("demo") / "transformer" / "config.json").read_text("utf-8")))

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 import stylemuse as sm
+from stylemuse.assembly import in_torch
 from stylemuse.machine import DTYPES, choose
 
 from . import measure, rivals
@@ -153,7 +154,7 @@ def peft(job: Job) -> Iterator[list[Contestant]]:
     pipe, styles = _with_styles(job, dtype)
     theirs = rivals.load(job.folder, job.device, dtype)
     plain = theirs.transformer
-    loras = rivals.with_loras(plain, [pipe.adapters[style] for style in styles])
+    loras = rivals.with_loras(plain, [in_torch(pipe).adapters[style] for style in styles])
     named = partial(_named, theirs, plain, loras)
     yield [
         *(job.stylemuse(pipe, chosen) for chosen in ([], styles[:1], styles)),
@@ -239,7 +240,7 @@ def switching(job: Job) -> list[dict[str, Any]]:
     dtype = choose(job.device).dtype
     pipe, styles = _with_styles(job, dtype)
     loras = rivals.with_loras(
-        rivals.load(job.folder, job.device, dtype).transformer, [pipe.adapters[style] for style in styles]
+        rivals.load(job.folder, job.device, dtype).transformer, [in_torch(pipe).adapters[style] for style in styles]
     )
     names = (styles[index % len(styles)] for index in counting(1))
     changes = {

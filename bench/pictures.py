@@ -147,9 +147,9 @@ def _mean(values: Sequence[float]) -> float:
 
 def measure(pipe: Pipeline, judge: Judge, prompts: int, seed: int, clean: Judge | None = None) -> dict[str, Any]:
     """Everything but where it was measured: summaries, whether each bar is met, raw outcomes."""
-    references = reference_subjects({name: pipe.adapters[name].caption for name in pipe.adapters})
+    references = reference_subjects({name: pipe.adapters.version(name).caption for name in pipe.adapters})
     base, styled = base_jobs(prompts, seed), styled_jobs(references, prompts, seed)
-    full = [f"{job.prompt} {pipe.adapters[job.style].descriptor}" for job in styled if job.style is not None]
+    full = [f"{job.prompt} {pipe.adapters.version(job.style).descriptor}" for job in styled if job.style is not None]
     requests = [Request(job.prompt, style=job.style, seed=job.seed) for job in [*base, *styled]]
     requests += [Request(prompt, seed=job.seed) for prompt, job in zip(full, styled, strict=True)]
     pictures = draw(pipe, requests)
@@ -181,9 +181,9 @@ def grid(pipe: Pipeline, folder: Path, seed: int) -> Image.Image:
     world, rows, references = (
         World(PICTURE),
         [],
-        reference_subjects({name: pipe.adapters[name].caption for name in pipe.adapters}),
+        reference_subjects({name: pipe.adapters.version(name).caption for name in pipe.adapters}),
     )
-    words = {style: pipe.adapters[style].descriptor for style in references}
+    words = {style: pipe.adapters.version(style).descriptor for style in references}
     requests = [Request(article(s), style=style, seed=seed) for style in references for s in _SHOWN]
     requests += [Request(f"{article(s)} {words[style]}", seed=seed) for style in references for s in _SHOWN]
     pictures = draw(pipe, requests)
@@ -206,7 +206,7 @@ def origin(pipe: Pipeline, folder: Path, judge: Path, clean: Path | None = None)
     return strict | {
         "model": _short(pipe.name),
         "sha256": {part: weights_sha256(folder / part) for part in ("transformer", "vqvae", "text_encoder")},
-        "styles_sha256": {name: pipe.adapters[name].sha256 for name in pipe.adapters.names},
+        "styles_sha256": {name: pipe.adapters.version(name).sha256 for name in pipe.adapters.names},
         "judge_sha256": hashlib.sha256(judge.read_bytes()).hexdigest(),
         "machine": f"{platform.system()} {platform.machine()}, {pipe.explain()['device'].partition(':')[0]}",
         "versions": {"stylemuse": stylemuse.__version__, "torch": torch.__version__},

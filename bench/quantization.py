@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import stylemuse as sm
+from stylemuse.assembly import TorchPipeline, in_torch
 from stylemuse.decoding.rng import image_seeds
 from stylemuse.kernels.quantization import FORMATS
 
@@ -34,7 +35,8 @@ PROMPTS = ("a fox", "an owl", "a castle", "a car", "a rose", "a fish", "a rocket
 def losses(name: str, model: str = "demo", prompts: Sequence[str] = PROMPTS, seed: int = 0) -> dict[str, Any]:
     """The figures of the module's text for one format, of prompts without a style and in each of the model's."""
     plain, small = (
-        sm.load(model, backend="reference", device="cpu", dtype="float32", quantization=each) for each in (None, name)
+        in_torch(sm.load(model, backend="reference", device="cpu", dtype="float32", quantization=each))
+        for each in (None, name)
     )
     styles = (None, *plain.adapters.names)
     pairs = list(zip(prompts, image_seeds(seed, len(prompts)), strict=True))
@@ -57,7 +59,7 @@ def losses(name: str, model: str = "demo", prompts: Sequence[str] = PROMPTS, see
 
 
 @torch.no_grad()
-def _hidden(pipe: sm.Pipeline, request: sm.Request, grid: Tensor, masked: Tensor) -> Tensor:
+def _hidden(pipe: TorchPipeline, request: sm.Request, grid: Tensor, masked: Tensor) -> Tensor:
     """(h, w) tokens -> (branches times masked positions, D): what the request's rows make of them."""
     network = pipe.network
     with ExitStack() as held:

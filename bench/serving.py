@@ -21,6 +21,7 @@ import torch
 from stylemuse import Engine, Pipeline, StylemuseError
 from stylemuse.adapters.canonical import Adapter
 from stylemuse.adapters.formats import pack
+from stylemuse.assembly import in_torch
 from stylemuse.machine import DTYPES
 
 from . import client, law, load, measure, sharing, steps
@@ -96,7 +97,9 @@ def measured(options: Any) -> tuple[Pipeline, dict[str, list[dict[str, Any]]]]:
         with write_folder(options.model) as folder:
             served += loaded(partial(_server, folder, adapters, options), names, options, "server")
     if "law" in options.parts:
-        served += law.rows(pipe, names[0], batch=options.styles, decoding=options.steps, repeats=options.repeats)
+        served += law.rows(
+            in_torch(pipe), names[0], batch=options.styles, decoding=options.steps, repeats=options.repeats
+        )
     return pipe, {"serve": served, "adapter_swap": changed}
 
 
@@ -149,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         device, kinds = torch.device("cpu"), {"serve": _of_a_running_one(options)}
     else:
         pipe, kinds = measured(options)
-        device = pipe.network.device
+        device = torch.device(pipe.network.device)
     facts = {"model": options.url or options.model, "steps": options.steps, "max_rows": options.max_rows}
     kinds = {kind: [facts | {"device": str(device)} | row for row in rows] for kind, rows in kinds.items() if rows}
     show([row for rows in kinds.values() for row in rows])

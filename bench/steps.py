@@ -114,7 +114,7 @@ def paper(pipe: Pipeline, variant: Variant, steps: int) -> cost.Card:
     return cost.card(
         config,
         (config.sample_size, config.sample_size),
-        pipe.network.tokenizer.length,
+        pipe.network.text_length,
         pictures=variant.batch,
         branches=variant.branches,
         masked=round(fmean(amused(tokens, tokens, steps).masked_after[:-1])),

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stylemuse import Pipeline
+from stylemuse.assembly import TorchPipeline, in_torch
 from stylemuse.kernels.dispatch import obstacle
 from stylemuse.kernels.tuning import Call, Described, Launch, Met, Problem, trial, tuned_file
 from stylemuse.machine import choose
@@ -70,7 +70,7 @@ class Timed:
 
 
 @torch.no_grad()
-def problems(pipe: Pipeline, rows: int) -> dict[Problem, Met]:
+def problems(pipe: TorchPipeline, rows: int) -> dict[Problem, Met]:
     """Those of a forward pass of so many rows, from tokens to hidden states, with their calls."""
     network = pipe.network
     side = network.transformer.config.sample_size
@@ -215,9 +215,9 @@ def compiled(met: Mapping[Problem, Met], seconds: float) -> list[str]:
     return compiling.warm(launches, workers=min(14, os.cpu_count() or 1), seconds=seconds)
 
 
-def tune(pipe: Pipeline, rows: Sequence[int], folder: Path, file: Path, *, minutes: float, repeats: int) -> None:
+def tune(pipe: TorchPipeline, rows: Sequence[int], folder: Path, file: Path, *, minutes: float, repeats: int) -> None:
     """All of it; see the module's text."""
-    device, until = torch.device(pipe.network.device), time.monotonic() + 60 * minutes
+    device, until = pipe.network.device, time.monotonic() + 60 * minutes
     folder.mkdir(parents=True, exist_ok=True)
     lines = folder / "tune.jsonl"
     there = [json.loads(line) for line in lines.read_text("utf-8").splitlines()] if lines.exists() else []
@@ -275,9 +275,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     machine = choose(options.device)
     if (reason := obstacle(machine.device)) is not None:
         parser.error(reason)
-    pipe = pipeline(
-        options.model, device=str(machine.device), seed=options.seed, slots=1, rank=16, backend="triton",
-        quantization=options.quantization,
+    pipe = in_torch(
+        pipeline(
+            options.model, device=str(machine.device), seed=options.seed, slots=1, rank=16, backend="triton",
+            quantization=options.quantization,
+        )
     )  # fmt: skip
     if options.compile_only:
         for fault in compiled(problems(pipe, options.rows[0]), 60 * options.minutes):

@@ -6,6 +6,7 @@ The folder draws them twice: step by step, and in one call of generate.onnx.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import numpy as np
 
 from ..core import Branch, Request, Sampling, Style
 from ..decoding.guidance import CFG
-from ..decoding.loop import Canvas, Rows, Timings
+from ..decoding.loop import Canvas, Rows, Timings, decode
 from ..pipeline import Pipeline
 from ..planning import Plan
 from . import check
-from .loading import open_folder
+from .loading import ExportedPipeline, open_folder
 from .ort import OnnxNetwork
 from .spec import Array, GraphSpec
 from .styles import BASE
@@ -61,7 +62,7 @@ def measure(model: Pipeline, folder: Path, pairs: Sequence[tuple[Request, Reques
     }
 
 
-def feeds(exported: Pipeline, requests: Sequence[Request]) -> dict[str, Array]:
+def feeds(exported: ExportedPipeline, requests: Sequence[Request]) -> dict[str, Array]:
     """What generate.onnx takes to draw all the pictures of these requests, of one size, in one call."""
     network, shelf, plans = exported.network, exported.adapters, [_plan(exported, request) for request in requests]
     pictures = [(plan, *each) for plan in plans for each in zip(plan.starts, plan.seeds, strict=True)]
@@ -98,7 +99,7 @@ def feeds(exported: Pipeline, requests: Sequence[Request]) -> dict[str, Array]:
     }
 
 
-def _plan(exported: Pipeline, request: Request) -> Plan:
+def _plan(exported: ExportedPipeline, request: Request) -> Plan:
     job = exported.jobs.begin(request)
     job.release()
     return job.plan
@@ -108,19 +109,24 @@ def _row(branch: Branch) -> tuple[str, str | None, float]:
     return branch.prompt, branch.style, branch.strength
 
 
-def record(exported: Pipeline, given: Sequence[Request]) -> list[dict[str, Array]]:
+def record(exported: ExportedPipeline, given: Sequence[Request]) -> list[dict[str, Array]]:
     """What the step's graph is given while these requests are drawn together, step by step."""
     recorder = Recorder(exported.network)
-    exported.network = recorder
-    exported.run(given)
+    with ExitStack() as held:
+        jobs = [exported.jobs.begin(request) for request in given]
+        for job in jobs:
+            held.callback(job.release)
+            job.acquire()
+        canvases = exported.jobs.canvases(jobs, {"text": 0.0, "condition": 0.0})
+        decode(recorder, [canvas for own in canvases for canvas in own])
     return recorder.seen
 
 
 class Recorder:
-    """A network that keeps what its step graph is given."""
+    """A network's steps, of which what the graph is given is kept."""
 
     def __init__(self, network: OnnxNetwork) -> None:
-        self.network, self.mask_id, self.seen = network, network.mask_id, list[dict[str, Array]]()
+        self.network, self.seen = network, list[dict[str, Array]]()
 
     def decode_step(self, canvases: Sequence[Canvas], rows: Rows, timings: Timings | None) -> tuple[Any, Any]:
         """One step, and what it was given is kept."""
@@ -130,6 +136,3 @@ class Recorder:
         }
         self.seen.append(arrays)
         return self.network.decode_step(canvases, rows, timings)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.network, name)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..adapters.canonical import Adapter
+from ..assembly import in_torch
 from ..core import StylemuseError
 from ..network import TorchNetwork
 from ..pipeline import Pipeline
@@ -54,8 +55,9 @@ def export(
     Raises:
         StylemuseError: what is asked for is impossible, or a graph does not give what it should.
     """
-    network = pipe.network
-    if not isinstance(network, TorchNetwork) or network.dtype != torch.float32 or network.device.type != "cpu":
+    model = in_torch(pipe)
+    network = model.network
+    if network.dtype != torch.float32 or network.device.type != "cpu" or network.name != "reference":
         raise StylemuseError(
             "an export starts from a model loaded with backend='reference', dtype='float32' on the CPU"
         )
@@ -65,7 +67,7 @@ def export(
         raise StylemuseError(f"form {form!r} is unknown; allowed: {', '.join(FORMS)}")
     if precision not in manifest.PRECISIONS:
         raise StylemuseError(f"precision {precision!r} is unknown; allowed: {', '.join(manifest.PRECISIONS)}")
-    names = list(styles) if styles is not None else [] if form == "fused" else list(pipe.adapters.names)
+    names = list(styles) if styles is not None else [] if form == "fused" else list(model.adapters.names)
     if odd := [count for count in rows if not 1 <= count <= manifest.MAX_ROWS]:
         raise StylemuseError(f"rows {odd[0]} is not allowed: 1 to {manifest.MAX_ROWS}")
     if form == "fused" and len(names) > 1:
@@ -74,7 +76,7 @@ def export(
         raise StylemuseError(f"strength has no effect on form {form!r}, whose rows have their own")
     if runtime is not None and form != "bank":
         raise StylemuseError(f"a page draws with form 'bank', not {form!r}")
-    adapters = [pipe.adapters[name] for name in names]
+    adapters = [model.adapters[name] for name in names]
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StylemuseError(f"{out.name} exists already; choose another folder or remove it first")
     partial = out.with_name(f".{out.name}.partial")
@@ -83,7 +85,7 @@ def export(
         partial.mkdir(parents=True)
         made = _deploy(pipe, network, partial, form, adapters, strength, precision, rows)
         if runtime is not None:
-            page.write(partial, made, pipe.adapters, runtime)
+            page.write(partial, made, model.adapters, runtime)
         if out.exists():
             out.rmdir()
         os.replace(partial, out)

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core import AESTHETIC_SCORE
 from . import files, spec, styles
 from .adapters import Styling
 from .convert import begin
 from .graph import Graph, Value
 from .manifest import File, GraphFile
-from .ort import AESTHETIC_SCORE
 from .spec import Array, GraphSpec, Tensor
 
 PARTS = ("text", "condition", "step", "pixels")

@@ -15,6 +15,13 @@ from .shelf import Shelf
 from .spec import Array
 
 
+class ExportedPipeline(Pipeline):
+    """A pipeline over an exported folder: its graphs, and the styles that it was exported with."""
+
+    network: OnnxNetwork
+    adapters: Shelf
+
+
 def load_onnx(
     name: str,
     *,
@@ -36,11 +43,12 @@ def load_onnx(
         return open_folder(path, device=device, dtype=dtype, threads=threads)
     if dtype not in (None, "float32"):
         raise StylemuseError(f"dtype {dtype!r} is not there; allowed: float32. For others, export with --precision")
+    from ..assembly import in_torch
     from . import folder
     from .adapters import pack
 
     given = {"variant": variant, "revision": revision}
-    pipeline = load(name, backend="reference", device="cpu", dtype="float32", slots=slots, rank=rank, **given)
+    pipeline = in_torch(load(name, backend="reference", device="cpu", dtype="float32", slots=slots, rank=rank, **given))
     library, reference = pipeline.adapters, pipeline.network
     sites = reference.transformer.config.sites()
 
@@ -58,7 +66,7 @@ def load_onnx(
         files=place,
     )  # fmt: skip
     why = {"backend": "asked for", "device": network.provider.why, "dtype": "what a model is exported in here"}
-    return Pipeline(name, network, library, {"defaults": pipeline.defaults}, why)
+    return Pipeline(name, network, library, {"defaults": pipeline.defaults}, why, lambda _: network)
 
 
 def open_folder(
@@ -68,7 +76,7 @@ def open_folder(
     dtype: str | None = None,
     threads: int | None = None,
     known: manifest.Manifest | None = None,
-) -> Pipeline:
+) -> ExportedPipeline:
     """A pipeline over an exported folder, which is checked unless its manifest is `known`."""
     made = manifest.read(path) if known is None else known
     if dtype not in (None, made.precision):
@@ -81,8 +89,8 @@ def open_folder(
     shelf = Shelf(path, made)
 
     def style(slot: int) -> tuple[object, str, Callable[[], Mapping[str, Array]]]:
-        return shelf.resident(slot), shelf.resident(slot).name, lambda: shelf.tensors(slot)
+        return shelf.holder(slot), shelf.holder(slot).name, lambda: shelf.tensors(slot)
 
     network = OnnxNetwork(path, made, device=device, slots=shelf.slots, threads=threads, style=style)
     why = {"backend": "an exported folder", "device": network.provider.why, "dtype": "what it was exported in"}
-    return Pipeline(made.model, network, shelf, {"defaults": made.defaults}, why)
+    return ExportedPipeline(made.model, network, shelf, {"defaults": made.defaults}, why, lambda _: network)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import stat
 from collections.abc import Callable, Collection, Mapping
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import cpu
-from ..core import StylemuseError
+from ..core import STYLE_NAME, StylemuseError, is_number
 from .spec import GRAPHS, Axis, Tensor
 
 NAME = "manifest.json"
@@ -35,7 +34,6 @@ MAX_ROWS = 4096
 PRECISIONS = ("float32", "float16", "int8")
 DTYPES = ("int64", "float32", "float16", "bool", "uint8")
 
-_STYLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TOKENIZER = re.compile(r"tokenizer/(tokenizer|tokenizer_config|special_tokens_map|vocab)\.json|tokenizer/merges\.txt")
 
 
@@ -80,6 +78,19 @@ class StyleFile:
     caption: str
     recommended: Mapping[str, Any]
     licence: str
+
+    @property
+    def sha256(self) -> str:
+        """Hash of its files' hashes: of a style in the graphs, which has none, that of nothing."""
+        return hashlib.sha256("".join(self.files[graph].sha256 for graph in sorted(self.files)).encode()).hexdigest()
+
+    @property
+    def has_picture(self) -> bool:
+        """False: an export has no pictures."""
+        return False
+
+    def picture(self) -> None:
+        """None."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +161,7 @@ def read(folder: Path) -> Manifest:
 def _manifest(facts: Mapping[str, Any]) -> Manifest:
     # Version 0.1 wrote int8 graphs with weights of eight bits, and nothing of what they need.
     older = {"instructions": ["VNNI"] if facts["precision"] == "int8" else []}
-    known = {name: (older | facts)[name] for name in Manifest.__dataclass_fields__}
+    known = {name: {**older, **facts}[name] for name in Manifest.__dataclass_fields__}
     if unknown := facts.keys() - known.keys() - {"schema"}:
         raise StylemuseError(f"{NAME} has an unknown entry {sorted(unknown)[0]!r}"[:200])
     _need(
@@ -180,7 +191,7 @@ def _manifest(facts: Mapping[str, Any]) -> Manifest:
         type(defaults.get("steps", 12)) is int and 1 <= defaults.get("steps", 12) <= 1000,
         "defaults: steps is 1 to 1000",
     )
-    _need(_is_number(defaults.get("scale", 10.0)), "defaults: scale must be a number")
+    _need(is_number(defaults.get("scale", 10.0)), "defaults: scale must be a number")
     _need(set(known["graphs"]) == set(GRAPHS), f"graphs must be {', '.join(GRAPHS)}")
     _need(len(known["styles"]) <= MAX_STYLES, f"at most {MAX_STYLES} styles are allowed")
     known["graphs"] = {name: _graph(name, each) for name, each in known["graphs"].items()}
@@ -204,7 +215,7 @@ def _tensor(facts: Mapping[str, Any]) -> Tensor:
 
 
 def _style(name: str, facts: Mapping[str, Any]) -> StyleFile:
-    _need(_STYLE.fullmatch(name) is not None and facts["name"] == name, f"style {name[:80]!r} is not a name")
+    _need(STYLE_NAME.fullmatch(name) is not None and facts["name"] == name, f"style {name[:80]!r} is not a name")
     files = {
         graph: _file(file, f"adapters/{name}.{graph}.onnx_adapter".__eq__, MAX_GRAPH_BYTES)
         for graph, file in facts["files"].items()
@@ -212,10 +223,10 @@ def _style(name: str, facts: Mapping[str, Any]) -> StyleFile:
     _need(files.keys() <= {"condition", "step"}, f"style {name}: files are for condition and step")
     _need(facts["kind"] in ("lora", "bottleneck") and type(facts["rank"]) is int, f"style {name}: kind or rank")
     _need(type(facts["slot"]) is int and 0 <= facts["slot"] <= MAX_STYLES, f"style {name}: slot")
-    _need(_is_number(facts["scale"]), f"style {name}: scale must be a number")
+    _need(is_number(facts["scale"]), f"style {name}: scale must be a number")
     _need(all(isinstance(facts[text], str) for text in ("descriptor", "caption", "licence")), f"style {name}: texts")
     recommended = facts["recommended"]
-    _need(all(isinstance(each, str) or _is_number(each) for each in recommended.values()), f"style {name}: recommended")
+    _need(all(isinstance(each, str) or is_number(each) for each in recommended.values()), f"style {name}: recommended")
     return StyleFile(**{**{key: facts[key] for key in StyleFile.__dataclass_fields__}, "files": files})
 
 
@@ -268,10 +279,6 @@ def _sha256(path: Path) -> str:
 def _need(fine: bool, otherwise: str, where: str = f"{NAME}: ") -> None:
     if not fine:
         raise StylemuseError(f"{where}{otherwise}"[:300])
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _no_constant(name: str) -> float:

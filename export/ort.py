@@ -14,14 +14,13 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-from ..core import Sizes, StylemuseError
+from ..core import AESTHETIC_SCORE, Sizes, StylemuseError
 from ..decoding.loop import Canvas, Rows, Timings, timed
 from ..models.tokenizer import ClipTokenizer
 from . import styles
 from .manifest import GraphFile, Manifest
 from .spec import Array, Tensor
 
-AESTHETIC_SCORE = 6.0
 _KINDS = {"int64": "int64", "float32": "float", "float16": "float16", "bool": "bool", "uint8": "uint8"}
 
 
@@ -163,6 +162,18 @@ class OnnxNetwork:
         self._style, self._files = style, files
         self._held: dict[int, object] = {}
         self._stacked: tuple[tuple[Context, ...], dict[str, Any]] | None = None
+
+    def row_bytes(self, ahead: int) -> None:
+        """None: what ONNX Runtime takes is its own affair."""
+
+    @property
+    def text_length(self) -> int:
+        """Ids that every prompt is padded or cut to."""
+        return self.tokenizer.length
+
+    def prompt_tokens(self, prompt: str) -> int:
+        """How many tokens the text encoder reads of a prompt, its start and end included."""
+        return self.tokenizer.count(prompt)
 
     def text(self, prompt: str) -> Text:
         """One prompt -> features and pooled vector."""

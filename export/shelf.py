@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +17,8 @@ from .spec import Array
 class Shelf:
     """What ``adapters.library.Library`` is to a model: here the styles are those that were exported, each in a slot."""
 
+    on_free: Callable[[StyleFile], None] | None = None
+
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder, self._styles = folder, tuple(manifest.styles.values())
         self._slots = {style.name: slot for slot, style in enumerate(self._styles)}
@@ -24,9 +26,9 @@ class Shelf:
         self.rank = max((style.rank for style in self._styles), default=0)
 
     @property
-    def bank(self) -> Shelf:
-        """The registry of slots: the shelf itself."""
-        return self
+    def resident(self) -> int:
+        """How many have a slot: all."""
+        return len(self._styles)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -44,6 +46,14 @@ class Shelf:
 
     def __getitem__(self, name: str) -> StyleFile:
         return self._styles[self.slot(name)]
+
+    def version(self, name: str) -> StyleFile:
+        """What the name stands for, which is for ever."""
+        return self[name]
+
+    def versions(self) -> list[StyleFile]:
+        """All of them, by name."""
+        return [self[name] for name in self.names]
 
     def slot(self, name: str) -> int:
         """The slot of a style."""
@@ -69,7 +79,7 @@ class Shelf:
     def release(self, slot: int) -> None:
         """Nothing: a style stays where it is."""
 
-    def resident(self, slot: int) -> StyleFile:
+    def holder(self, slot: int) -> StyleFile:
         """The style of a slot."""
         return self._styles[slot]
 

@@ -6,6 +6,7 @@ it takes for the slots of its rows. Tables of a bank grow to the widest style wr
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -63,39 +64,44 @@ class Bank(Styles):
 
     def __init__(self, inputs: Sequence[Tensor], slots: int) -> None:
         super().__init__(inputs)
-        self.slots, self._rank = slots, 1
-        self._tables = {name: np.zeros(self._shape(tensor), np.float32) for name, tensor in self.tensors.items()}
+        self.slots, self._lock = slots, threading.Lock()
+        # Replaced as a whole when it is widened: a step never sees tables of two ranks. Its reader needs no lock.
+        self._tables = {name: np.zeros(self._shape(tensor, 1), np.float32) for name, tensor in self.tensors.items()}
+        self._rank = 1
         self._written: dict[int, frozenset[str]] = {}
 
-    def _shape(self, tensor: Tensor) -> tuple[int, ...]:
-        lanes = (
-            self._rank * int(axis.removeprefix("lanes_")) if isinstance(axis, str) else axis for axis in tensor.axes[1:]
-        )
+    def _shape(self, tensor: Tensor, rank: int) -> tuple[int, ...]:
+        lanes = (rank * int(axis.removeprefix("lanes_")) if isinstance(axis, str) else axis for axis in tensor.axes[1:])
         return (self.slots + 1, *lanes)
 
     def _write(self, slot: int, packed: Mapping[str, Array]) -> None:
         assert 0 <= slot < self.slots
-        self._grow(packed)
-        for name in self._written.pop(slot, frozenset()) - packed.keys():
-            self._tables[name][slot + 1] = 0
-        for name, array in packed.items():
-            own = self._tables[name][slot + 1]
-            own[: array.shape[0], : array.shape[1]] = array
-            own[array.shape[0] :] = 0
-            own[:, array.shape[1] :] = 0
-        self._written[slot] = frozenset(packed)
+        with self._lock:
+            self._widen(packed)
+            for name in self._written.pop(slot, frozenset()) - packed.keys():
+                self._tables[name][slot + 1] = 0
+            for name, array in packed.items():
+                own = self._tables[name][slot + 1]
+                own[: array.shape[0], : array.shape[1]] = array
+                own[array.shape[0] :] = 0
+                own[:, array.shape[1] :] = 0
+            self._written[slot] = frozenset(packed)
 
-    def _grow(self, packed: Mapping[str, Array]) -> None:
+    def _widen(self, packed: Mapping[str, Array]) -> None:
         """Make the tables as wide as these tensors; what runs keeps the ones it was given."""
+        rank = self._rank
         for name, array in packed.items():
             for axis, size in zip(self.tensors[name].axes[1:], array.shape, strict=True):
                 if isinstance(axis, str):
-                    self._rank = max(self._rank, -(-size // int(axis.removeprefix("lanes_"))))
+                    rank = max(rank, -(-size // int(axis.removeprefix("lanes_"))))
+        if rank == self._rank:
+            return
+        wider = {}
         for name, tensor in self.tensors.items():
-            shape, old = self._shape(tensor), self._tables[name]
-            if old.shape != shape:
-                self._tables[name] = np.zeros(shape, np.float32)
-                self._tables[name][:, : old.shape[1], : old.shape[2]] = old
+            old = self._tables[name]
+            wider[name] = np.zeros(self._shape(tensor, rank), np.float32)
+            wider[name][:, : old.shape[1], : old.shape[2]] = old
+        self._tables, self._rank = wider, rank
 
     def feeds(self, names: frozenset[str], slots: Sequence[int], scales: Sequence[float]) -> dict[str, Array]:
         """Slots, scales and the tables."""

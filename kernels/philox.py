@@ -30,25 +30,10 @@ WORD = 0xFFFFFFFF
 LARGEST_UNIFORM = 1.0 - 2.0**-24
 
 
-def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
-    """Four random words for each counter.
-
-    Args:
-        counter: (..., 4) int64, values in [0, 2^32).
-        key: (..., 2) int64, values in [0, 2^32); its leading axes broadcast against the counter's.
-
-    Returns:
-        (..., 4) int64, values in [0, 2^32).
-    """
-    import torch
-
-    c0, c1, c2, c3 = counter.unbind(-1)
-    k0, k1 = key.unbind(-1)
-    return torch.stack(philox4x32_words(c0, c1, c2, c3, k0, k1), dim=-1)
-
-
 def philox4x32_words(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, Any, Any, Any]:
-    """The same on separate words that broadcast against each other, int64 in [0, 2^32); the four words come out full.
+    """Four random words for the counter (c0, c1, c2, c3) and the key (k0, k1), int64 in [0, 2^32).
+
+    Words broadcast against each other; the four come out full.
 
     Counters that differ only in one word along an axis (the codes of one position) share the work of the first rounds:
     a word stays as small as what it depends on until the rounds have mixed it. Written with operators alone, so that

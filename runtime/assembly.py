@@ -9,16 +9,30 @@ import torch
 
 from . import hub
 from .adapters.bank import Bank
-from .adapters.canonical import NAME
 from .adapters.library import Library
-from .core import StylemuseError
+from .core import STYLE_NAME, StylemuseError
 from .decoding.buckets import Buckets
+from .decoding.loop import Network, WholeSteps
 from .folder import Networks, read_model, weights_sha256
 from .kernels.dispatch import REFERENCE, STEP, Kernels
 from .machine import Machine, choose, choose_kernels, choose_quantization
 from .network import TorchNetwork
 from .pipeline import Pipeline
 from .static import StaticRows
+
+
+class TorchPipeline(Pipeline):
+    """A pipeline whose networks are torch's: they can be trained, exported, measured part by part."""
+
+    network: TorchNetwork
+    adapters: Library
+
+
+def in_torch(pipe: Pipeline) -> TorchPipeline:
+    """The pipeline as one in torch, or an error: an exported folder has graphs, into which nobody can reach."""
+    if isinstance(pipe, TorchPipeline):
+        return pipe
+    raise StylemuseError(f"{pipe.name} is an exported folder, which can only be drawn with; this needs its model")
 
 
 def load_model(
@@ -32,7 +46,7 @@ def load_model(
     revision: str | None,
     slots: int,
     rank: int,
-) -> Pipeline:
+) -> TorchPipeline:
     """A pipeline for a model, with the styles that come with it; see ``pipeline.load``."""
     machine = choose(device, dtype)
     kernels, why = choose_kernels(backend, machine.device)
@@ -45,7 +59,7 @@ def load_model(
     )
     library = pipeline.adapters
     for style in networks.extra.get("styles", ()):
-        if not NAME.fullmatch(str(style)):
+        if not STYLE_NAME.fullmatch(str(style)):
             raise StylemuseError(f"model {name!r}: its style {str(style)[:80]!r} is not a name")
         library.add(style, folder / "styles" / style)
     return pipeline
@@ -62,7 +76,7 @@ def assemble(
     slots: int = 64,
     rank: int = 64,
     quantization: torch.dtype | None = None,
-) -> Pipeline:
+) -> TorchPipeline:
     """A pipeline, without styles, of networks that are there already; ``fingerprint`` hashes the transformer."""
     config = networks.transformer.config
     sites = config.sites()
@@ -70,9 +84,10 @@ def assemble(
     library = Library(bank, sites, name, fingerprint)
     network = TorchNetwork(networks, machine, bank, kernels, quantization)
 
-    def buckets(rows: int | None) -> Buckets:
+    def decoder(rows: int | None) -> Network | WholeSteps:
+        # Where launches are calls of functions, the plain loop computes less: what has a weight, or is masked.
+        if STEP not in kernels.triton:
+            return network
         return Buckets(partial(StaticRows, network), machine.device, rows=rows)
 
-    # Where launches are calls of functions, the plain loop computes less: it runs only what has a weight or is masked.
-    launched = buckets if STEP in kernels.triton else None
-    return Pipeline(name, network, library, networks.extra, {"backend": why, **machine.why}, launched)
+    return TorchPipeline(name, network, library, networks.extra, {"backend": why, **machine.why}, decoder)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,12 @@ MAX_PICTURES = 256
 MAX_STEPS = 1000
 MAX_PROMPT = 10_000
 """Bounds of one request: pictures, decoding steps, characters of a prompt."""
+STYLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""What a style may be called: a name that is a file's name everywhere."""
+MAX_NUMBER = 1e30
+"""Bound on any number that is given; the largest of fp32 is 3e38."""
+AESTHETIC_SCORE = 6.0
+"""The micro-condition that aMUSEd's pipelines give beside a picture's size."""
 
 
 class StylemuseError(ValueError):
@@ -59,9 +65,9 @@ class Style:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.weight) and self.weight > 0):
+        if not (is_number(self.weight) and self.weight > 0):
             raise StylemuseError(f"style weight {self.weight!r} is not allowed: above 0, at most 1 in all")
-        if not _is_number(self.strength):
+        if not is_number(self.strength):
             raise StylemuseError(f"style strength {self.strength!r} is not allowed: a finite number")
 
 
@@ -101,7 +107,7 @@ class Sampling:
 
     def _check_temperature(self, given: float | tuple[float, float]) -> None:
         values = given if isinstance(given, tuple) else (given,)
-        if len(values) > 2 or not all(_is_number(value) and value >= 0 for value in values):
+        if len(values) > 2 or not all(is_number(value) and value >= 0 for value in values):
             raise StylemuseError(f"temperature {given!r} is not allowed: a number of at least 0, or (first, last)")
         if isinstance(given, tuple) and (self.schedule != "amused" or len(given) != 2):
             raise StylemuseError(f"temperatures {given!r} are not allowed: (first, last), for schedule 'amused'")
@@ -143,15 +149,15 @@ class Request:
         if not self.prompt.strip():
             raise StylemuseError("the prompt is empty; say what to draw, for example 'a fox'")
         _check_count("n", self.n, MAX_PICTURES)
-        if self.seed is not None and not (_is_whole(self.seed) and 0 <= self.seed < 2**63):
+        if self.seed is not None and not (is_whole(self.seed) and 0 <= self.seed < 2**63):
             raise StylemuseError(f"seed {self.seed!r} is not allowed: 0 to 2^63 - 1")
-        if not (_is_number(self.strength) and 0 < self.strength <= 1):
+        if not (is_number(self.strength) and 0 < self.strength <= 1):
             raise StylemuseError(f"strength {self.strength!r} is not allowed: above 0, at most 1")
         if self.image is None and self.mask is not None:
             raise StylemuseError("a mask needs the image it masks")
         if self.image is None and self.strength != 1:
             raise StylemuseError("strength has no effect without an image to start from")
-        if self.size is not None and not (_is_pair(self.size) and all(_is_whole(side) for side in self.size)):
+        if self.size is not None and not (_is_pair(self.size) and all(is_whole(side) for side in self.size)):
             raise StylemuseError(f"size {self.size!r} is not allowed: (width, height) in pixels")
         if not (self.style is None or isinstance(self.style, (str, Mapping))):
             raise StylemuseError(f"style {self.style!r} is not allowed: a name, {{name: weight}} or None")
@@ -193,7 +199,8 @@ class Result:
     timings: dict[str, Any] = field(repr=False, default_factory=dict)
 
 
-def _is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number, and no true or false."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -201,10 +208,11 @@ def _is_pair(value: object) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == 2
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: object) -> bool:
+    """Whether it is a finite number. JSON knows whole ones too long for a float, and Python a true that is 1."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
 
 
 def _check_count(name: str, value: object, most: int) -> None:
-    if not (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most):
+    if not (is_whole(value) and 1 <= value <= most):
         raise StylemuseError(f"{name} = {value!r} is not allowed: a whole number from 1 to {most}")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -22,12 +22,7 @@ from .core import Branch, Request
 from .decoding.loop import Canvas
 from .kernels.rows import BASE
 from .planning import Plan, plan
-
-if TYPE_CHECKING:
-    from .adapters.library import Library
-    from .adapters.versions import Version
-    from .models.text import TextOutput
-    from .network import Context, TorchNetwork
+from .protocols import Array, Backend, Opaque, Styles, StyleVersion
 
 _TEXTS_KEPT = 256
 _CONTEXT_BYTES = 256 << 20
@@ -40,23 +35,23 @@ class Conditions(NamedTuple):
     grid: tuple[int, int]
     slot: int
     scale: float
-    version: Version | None
+    version: StyleVersion | None
 
 
 class Jobs:
     """Begins jobs of one model; texts and step-constant conditioning are kept for those that come later, bounded."""
 
-    def __init__(self, model: str, network: TorchNetwork, adapters: Library, defaults: Mapping[str, Any]) -> None:
+    def __init__(self, model: str, network: Backend, adapters: Styles, defaults: Mapping[str, Any]) -> None:
         self.model, self.network, self.adapters, self.defaults = model, network, adapters, defaults
-        self._texts: Recent[str, TextOutput] = Recent(_TEXTS_KEPT, lambda _: 1)
-        self._contexts: Recent[Conditions, Context] = Recent(_CONTEXT_BYTES, lambda context: context.bytes)
+        self._texts: Recent[str, Opaque] = Recent(_TEXTS_KEPT, lambda _: 1)
+        self._contexts: Recent[Conditions, Opaque] = Recent(_CONTEXT_BYTES, lambda context: context.bytes)
         adapters.on_free = self._forget
 
     def begin(self, request: Request) -> Job:
         """Check the request as a whole and pin its styles; a StylemuseError says what is wrong with it."""
         return Job(request, self)
 
-    def pictures(self, grids: Sequence[Any]) -> list[list[Image.Image]]:
+    def pictures(self, grids: Sequence[Array]) -> list[list[Image.Image]]:
         """The pictures of each request; all grids (n, h, w) of one size are decoded together."""
         drawn: list[list[Image.Image]] = [[] for _ in grids]
         for size in {grid.shape[1:] for grid in grids}:
@@ -79,14 +74,14 @@ class Jobs:
         timings["text"] += time.perf_counter() - mark
         mark = time.perf_counter()
 
-        def make(missing: list[Conditions]) -> list[Context]:
+        def make(missing: list[Conditions]) -> Sequence[Opaque]:
             return self.network.contexts([(texts[one.prompt], one.grid, one.slot, one.scale) for one in missing])
 
         made = iter(self._contexts.get_all(each, make))
         timings["condition"] += time.perf_counter() - mark
         return [job.canvases(tuple(islice(made, len(own)))) for job, own in wanted.items()]
 
-    def _forget(self, version: Version) -> None:
+    def _forget(self, version: StyleVersion) -> None:
         self._contexts.forget(lambda key: key.version is version)
 
 
@@ -101,7 +96,7 @@ class Job:
 
     def __init__(self, request: Request, jobs: Jobs) -> None:
         self._jobs = jobs
-        self._versions: dict[str, Version] = {}
+        self._versions: dict[str, StyleVersion] = {}
         self._slots: dict[str, int] = {}
         try:
             # Pinned before anything of them is read: a swap from here on is for later requests.
@@ -130,12 +125,12 @@ class Job:
         """Of each branch."""
         return [self._conditions(branch) for branch in self.plan.branches]
 
-    def canvases(self, contexts: tuple[Context, ...]) -> list[Canvas]:
+    def canvases(self, contexts: tuple[Opaque, ...]) -> list[Canvas]:
         """A canvas per picture, given the context of each branch."""
         chosen = self.plan
         weights = tuple(branch.weights for branch in chosen.branches)
         return [
-            Canvas(known.tokens, known.unknown, seed, known.steps, contexts, weights, chosen.grid)
+            Canvas(known.tokens, known.unknown, seed, known.steps, contexts, weights, chosen.grid, masked=known.masked)
             for seed, known in zip(chosen.seeds, chosen.starts, strict=True)
         ]
 

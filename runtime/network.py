@@ -20,20 +20,19 @@ from torch import Tensor
 
 from .adapters.bank import Bank
 from .captured import Captured, Function, capture
-from .core import Sizes
+from .core import AESTHETIC_SCORE, Sizes
+from .decoding.buckets import KEPT
 from .folder import Networks
-from .kernels.dispatch import REFERENCE, Kernels
+from .kernels.dispatch import REFERENCE, STEP, Kernels
 from .kernels.quantization import NAMES
 from .kernels.rows import BASE, RowAdapters, RowSlots
 from .machine import Machine
 from .models.amused import Amused
 from .models.conditioning import Layout, SideBySide
 from .models.layers import Conditioning, Linear
+from .models.memory import row_bytes
 from .models.text import TextOutput
 from .models.vq import VQ, channels_last
-
-AESTHETIC_SCORE = 6.0
-
 
 _POSITIONS = 64
 """On a CPU, positions are read out in multiples of this, from 512 on in eighths of a power of two. Their number differs
@@ -147,6 +146,21 @@ class TorchNetwork:
             f"layers, {count * self.dtype.itemsize / 1e6:.1f} MB in {now:.1f}; adapters stay in "
             f"{str(self.dtype).removeprefix('torch.')}; stylemuse bench quantization measures what is lost"
         )
+
+    def row_bytes(self, ahead: int) -> int:
+        """The peak memory of one row; its context is there once more stacked, or with buckets for each that is kept."""
+        length = self.text_encoder.config.max_position_embeddings
+        stacked = KEPT if STEP in self.kernels.triton else 1
+        return row_bytes(self.transformer.config, length, self.dtype, 1 + ahead + stacked)
+
+    @property
+    def text_length(self) -> int:
+        """Ids that every prompt is padded or cut to."""
+        return self.tokenizer.length
+
+    def prompt_tokens(self, prompt: str) -> int:
+        """How many tokens the text encoder reads of a prompt, its start and end included."""
+        return self.tokenizer.count(prompt)
 
     @torch.no_grad()
     def text(self, prompt: str) -> TextOutput:

@@ -14,9 +14,10 @@ from PIL import Image
 
 from . import arrays
 from .core import Request, Result, Sampling, StylemuseError
-from .decoding.loop import Canvas, Timings, decode
+from .decoding.loop import Canvas, Network, Timings, WholeSteps, decode
 from .jobs import Job, Jobs
 from .planning import Plan
+from .protocols import Array, Backend, Styles
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Preview:
     step: int
     steps: int
     requests: tuple[int, ...]
-    tokens: Callable[[int], Any]
+    tokens: Callable[[int], Array]
     images: Callable[[int], list[Image.Image]]
 
 
@@ -92,34 +93,33 @@ class Pipeline:
     def __init__(
         self,
         name: str,
-        network: Any,
-        adapters: Any,
+        network: Backend,
+        adapters: Styles,
         extra: Mapping[str, Any],
         why: Mapping[str, str],
-        buckets: Callable[[int | None], Any] | None = None,
+        decoder: Callable[[int | None], Network | WholeSteps],
     ) -> None:
-        """``buckets`` makes what decodes in the network's place, for so many rows at most, where there is something."""
+        """``decoder`` makes what `decoding.loop` is given, for so many rows of a forward pass at most."""
         self.name, self.network, self.adapters = name, network, adapters
         self.defaults: Mapping[str, Any] = extra.get("defaults", {})
         self.jobs = Jobs(name, network, adapters, self.defaults)
         self._why = dict(why)
-        self._make_buckets = buckets
-        self._buckets = None if buckets is None else buckets(None)
+        self._make_decoder, self._decoder = decoder, decoder(None)
 
-    def decoder(self, rows: int | None = None) -> Any:
+    def decoder(self, rows: int | None = None) -> Network | WholeSteps:
         """What `decoding.loop` is given, for one caller's own use; ``rows`` is the most of a forward pass, if known."""
-        return self.network if self._make_buckets is None else self._make_buckets(rows)
+        return self._make_decoder(rows)
 
     def explain(self) -> dict[str, str]:
         """What runs where, and why."""
-        network, bank = self.network, self.adapters.bank
+        network, styles = self.network, self.adapters
         return {
             "model": self.name,
             "backend": f"{network.name}: {self._why['backend']}",
             "device": f"{network.device}: {self._why['device']}",
             "dtype": f"{str(network.dtype).removeprefix('torch.')}: {self._why['dtype']}",
             **network.explain(),
-            "adapters": f"{len(self.adapters)} in {bank.slots} slots, rank up to {bank.rank}",
+            "adapters": f"{len(styles)} in {styles.slots} slots, rank up to {styles.rank}",
         }
 
     @overload
@@ -169,7 +169,7 @@ class Pipeline:
         plans, canvases = [job.plan for job in jobs], self.jobs.canvases(jobs, timings)
         per_step: Timings = {}
         flat = [canvas for group in canvases for canvas in group]
-        decode(self._buckets or self.network, flat, self._reporter(plans, canvases, on_step), per_step)
+        decode(self._decoder, flat, self._reporter(plans, canvases, on_step), per_step)
         mark = time.perf_counter()
         grids = [
             arrays.stack([canvas.tokens for canvas in group]).reshape(-1, *plan.grid)
@@ -188,10 +188,10 @@ class Pipeline:
         if on_step is None:
             return None
 
-        def grids(index: int, rows: list[Any]) -> Any:
+        def grids(index: int, rows: list[Array]) -> Array:
             return arrays.stack(rows).reshape(-1, *plans[index].grid)
 
-        def tokens(index: int) -> Any:
+        def tokens(index: int) -> Array:
             mask_id = self.network.mask_id
             return grids(index, [arrays.masked(each.tokens, each.unknown, mask_id) for each in canvases[index]])
 

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
-from .core import Branch, Guidance, Request, Sampling, Sizes, StylemuseError
+from .core import MAX_STEPS, Branch, Guidance, Request, Sampling, Sizes, StylemuseError, is_whole
 from .decoding import start
 from .decoding.guidance import CFG, StyleDrop, recommended
 from .decoding.rng import fresh_seed, image_seeds
+from .protocols import Backend, StyleVersion
 
-if TYPE_CHECKING:
-    from .adapters.versions import Version
-
-
-class Backend(start.Tokenizer, Protocol):
-    """What a plan asks of a backend."""
-
-    @property
-    def sizes(self) -> Sizes:
-        """What pictures it draws."""
-
-
+DEFAULT_STEPS = 12
+"""Where neither a style nor the model recommends a number."""
 MAX_TOKENS = 64 * 64
 """Bound on one picture's tokens."""
 
@@ -39,7 +30,7 @@ class Plan:
 
 
 def plan(
-    request: Request, adapters: Mapping[str, Version], defaults: Mapping[str, Any], network: Backend, model: str
+    request: Request, adapters: Mapping[str, StyleVersion], defaults: Mapping[str, Any], network: Backend, model: str
 ) -> Plan:
     """Decide and check.
 
@@ -49,7 +40,7 @@ def plan(
         model: its name, for errors.
     """
     sampling = request.sampling or Sampling()
-    steps = sampling.steps or _steps(adapters, defaults)
+    steps = sampling.steps or recommended_steps({name: each.recommended for name, each in adapters.items()}, defaults)
     guidance = request.guidance or _guidance(adapters, defaults)
     prompt = " ".join([request.prompt.strip(), *_descriptors(request.prompt, adapters)])
     negative, styles = request.negative_prompt.strip(), request.styles()
@@ -74,13 +65,16 @@ def _check_effects(
         raise StylemuseError(f"the ramp {ramp!r} has no effect with {guidance}; raise its guidance or leave it out")
 
 
-def _steps(adapters: Mapping[str, Version], defaults: Mapping[str, Any]) -> int:
-    """The most steps any of the styles recommends, else the model's."""
-    steps = [adapter.recommended["steps"] for adapter in adapters.values() if "steps" in adapter.recommended]
-    return int(max(steps, default=defaults.get("steps", 12)))
+def recommended_steps(styles: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]) -> int:
+    """The most steps any of the styles recommends, else the model's; ``styles``: what each recommends, by its name."""
+    found = {f"style {name!r}": facts["steps"] for name, facts in styles.items() if "steps" in facts}
+    for who, steps in (found or {"the model": defaults.get("steps", DEFAULT_STEPS)}).items():
+        if not (is_whole(steps) and 1 <= steps <= MAX_STEPS):
+            raise StylemuseError(f"{who} recommends steps = {steps!r}; allowed: a whole number from 1 to {MAX_STEPS}")
+    return int(max(found.values(), default=defaults.get("steps", DEFAULT_STEPS)))
 
 
-def _guidance(adapters: Mapping[str, Version], defaults: Mapping[str, Any]) -> Guidance:
+def _guidance(adapters: Mapping[str, StyleVersion], defaults: Mapping[str, Any]) -> Guidance:
     """What the first style that recommends something recommends; StyleDrop for other styles, CFG for the base."""
     for adapter in adapters.values():
         if (recipe := recommended(adapter.recommended)) is not None:
@@ -88,7 +82,7 @@ def _guidance(adapters: Mapping[str, Version], defaults: Mapping[str, Any]) -> G
     return StyleDrop() if adapters else CFG(float(defaults.get("scale", 10.0)))
 
 
-def _descriptors(prompt: str, adapters: Mapping[str, Version]) -> list[str]:
+def _descriptors(prompt: str, adapters: Mapping[str, StyleVersion]) -> list[str]:
     """The words that call the styles, unless the prompt has them already."""
     words = [adapter.descriptor for adapter in adapters.values()]
     return [descriptor for descriptor in words if descriptor and descriptor not in prompt]

@@ -88,8 +88,3 @@ def test_full_size_parameter_counts() -> None:
 def test_unsupported_configs_are_named(changes: dict[str, bool]) -> None:
     with pytest.raises(StylemuseError, match=next(iter(changes))):
         AmusedConfig.from_dict(changes)
-
-
-def test_odd_grid_is_refused_where_it_is_halved() -> None:
-    with pytest.raises(StylemuseError, match="even"):
-        AmusedConfig(downsample=True, upsample=True).check_grid(5, 4)

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..core import StylemuseError
+from ..core import STYLE_NAME, StylemuseError, is_number
 from .files import (
     MAX_JSON_BYTES,
     check_names,
@@ -42,7 +42,6 @@ MAX_TENSOR_BYTES = 1 << 30
 Kind = Literal["lora", "bottleneck"]
 Pair = tuple[Tensor, Tensor]
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TEXTS = ("base_model", "descriptor", "caption", "licence")
 FIELDS = frozenset(
     {"schema_version", "name", "kind", "base_sha256", "rank", "scale", "recommended", "sha256", *TEXTS},
@@ -78,20 +77,20 @@ class Adapter:
     licence: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
+        if not isinstance(self.name, str) or not STYLE_NAME.fullmatch(self.name):
             raise StylemuseError(
                 f"adapter name {str(self.name)[:80]!r} is not allowed: letters, digits, '.', '_' and '-', at most 64"
             )
         if self.kind not in get_args(Kind):
             raise StylemuseError(f"adapter kind {self.kind!r} is unknown; allowed are {', '.join(get_args(Kind))}")
-        if not _is_number(self.scale):
+        if not is_number(self.scale):
             raise StylemuseError(f"adapter {self.name}: scale must be a finite number, not {self.scale!r}")
         if self.base_sha256 is not None and not _is_sha256(self.base_sha256):
             raise StylemuseError(f"adapter {self.name}: base_sha256 must be 64 hexadecimal digits or absent")
         for text in TEXTS:
             if not _is_text(getattr(self, text)):
                 raise StylemuseError(f"adapter {self.name}: {text} must be a text")
-        if not all(_is_text(key) and (_is_text(value) or _is_number(value)) for key, value in self.recommended.items()):
+        if not all(_is_text(key) and (_is_text(value) or is_number(value)) for key, value in self.recommended.items()):
             raise StylemuseError(f"adapter {self.name}: recommended must map texts to texts or finite numbers")
         if not self.tensors:
             raise StylemuseError(f"adapter {self.name} has no tensors")
@@ -187,11 +186,6 @@ def _check_pair(what: str, kind: Kind, down: Tensor, up: Tensor) -> None:
         raise StylemuseError(f"{what} must be float32, not {down.dtype} and {up.dtype}")
     if not bool(torch.isfinite(down).all() and torch.isfinite(up).all()):
         raise StylemuseError(f"{what} holds NaN or infinity")
-
-
-def _is_number(value: object) -> bool:
-    # A comparison, since math.isfinite overflows on the long integers JSON allows.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e30 < value < 1e30
 
 
 def _is_text(value: object) -> bool:

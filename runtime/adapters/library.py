@@ -41,6 +41,21 @@ class Library:
         with self._lock:
             return tuple(sorted(self._versions))
 
+    @property
+    def slots(self) -> int:
+        """How many can be resident at once."""
+        return self.bank.slots
+
+    @property
+    def rank(self) -> int:
+        """The largest that one may have."""
+        return self.bank.rank
+
+    @property
+    def resident(self) -> int:
+        """How many of the names have a slot now."""
+        return len(self.bank.names)
+
     def __contains__(self, name: object) -> bool:
         return name in self._versions
 

@@ -86,7 +86,7 @@ def serve(
     if not asked:
         from dataclasses import replace
 
-        side = pipe.network.transformer.config.sample_size * pipe.network.vq.config.factor
+        side = pipe.network.sizes.side * pipe.network.sizes.factor
         settings = replace(settings, sizes=((side, side),))
     budget = None if memory is None else int(memory * 2**30)
     service = Service(

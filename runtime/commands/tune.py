@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core import StylemuseError
+from ..core import STYLE_NAME, StylemuseError
 from . import options, pictures
 from .output import check_new_folder, document, progress, say, write_file
 
@@ -93,13 +93,12 @@ def tune(
 
 def _check(prompt: str, descriptor: str | None, name: str, rank: int | None, seed: int) -> None:
     """What would otherwise fail after the tuning."""
-    from ..adapters.canonical import NAME
 
     if not options.text(prompt, "--prompt").strip():
         raise StylemuseError("--prompt is empty; write 'CONTENT in STYLE', for example 'a cat in ink style'")
     if descriptor is not None:
         options.text(descriptor, "--descriptor")
-    if not NAME.fullmatch(name):
+    if not STYLE_NAME.fullmatch(name):
         raise StylemuseError(f"--name {name[:80]!r} is not allowed: letters, digits, '.', '_' and '-', at most 64")
     if rank is not None and not 1 <= rank <= MAX_RANK:
         raise StylemuseError(f"--rank {rank} is not allowed: 1 to {MAX_RANK}")

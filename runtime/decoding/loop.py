@@ -23,7 +23,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from stylemuse.decoding.schedule import Steps
@@ -75,7 +75,8 @@ class Canvas:
         weights: one tuple per branch, one weight per step; they sum to 1 at every step.
         shape: what the network needs beyond the number of tokens to compute canvases together, say (h, w).
         step: steps done.
-        masked: positions masked now, counted once and then known from the schedule.
+        masked: positions masked now, known from the schedule after a step; counted where it is not given, for which the
+            host waits.
     """
 
     tokens: Tensor
@@ -86,10 +87,11 @@ class Canvas:
     weights: tuple[tuple[float, ...], ...]
     shape: tuple[int, ...] = ()
     step: int = 0
-    masked: int = field(init=False)
+    masked: int = -1
 
     def __post_init__(self) -> None:
-        self.masked = int(self.unknown.sum())
+        if self.masked < 0:
+            self.masked = int(self.unknown.sum())
         assert self.tokens.shape == self.unknown.shape
         assert len(self.contexts) == len(self.weights) >= 1
         assert all(len(weights) == len(self.steps) for weights in self.weights)
@@ -110,7 +112,7 @@ class Canvas:
         import torch
 
         grid = torch.zeros(tokens, dtype=torch.int64, device=device)
-        return cls(grid, torch.ones_like(grid, dtype=torch.bool), seed, steps, contexts, weights)
+        return cls(grid, torch.ones_like(grid, dtype=torch.bool), seed, steps, contexts, weights, masked=tokens)
 
     @property
     def finished(self) -> bool:

@@ -41,10 +41,11 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Start:
-    """Tokens (N,), which of them are unknown (N,) bool, and the numbers of the steps from here."""
+    """Tokens (N,), which of them are unknown (N,) bool and how many, and the numbers of the steps from here."""
 
     tokens: Any
     unknown: Any
+    masked: int
     steps: Steps
 
 
@@ -56,7 +57,7 @@ def prepare(
     assert count is not None, "the number of steps is decided by now"
     if request.image is None:
         tokens, unknown = network.array(np.zeros(size, np.int64)), network.array(np.ones(size, np.bool_))
-        return (Start(tokens, unknown, schedule(size, size, count)),) * len(seeds)
+        return (Start(tokens, unknown, size, schedule(size, size, count)),) * len(seeds)
     # 49 * (1 / 49) is a little less than 1: what is meant is one step.
     first = count - math.floor(count * request.strength + 1e-9)
     if first == count:
@@ -66,7 +67,7 @@ def prepare(
     if request.mask is None:
         lost = max(1, math.floor(size * math.cos(math.pi / 2 * first / count)))
         steps = schedule(size, lost, count, first=first)
-        return tuple(Start(codes, network.array(_lost(size, lost, seed)), steps) for seed in seeds)
+        return tuple(Start(codes, network.array(_lost(size, lost, seed)), lost, steps) for seed in seeds)
     region = _region(request.mask, grid)
     inside = int(region.sum())
     if inside == 0:
@@ -75,7 +76,7 @@ def prepare(
     if sampling.schedule == "amused":
         options["curve"] = "linear"
     steps = schedule(size, inside, count, first=first, **options)
-    return (Start(codes, network.array(region), steps),) * len(seeds)
+    return (Start(codes, network.array(region), inside, steps),) * len(seeds)
 
 
 def _schedule(sampling: Sampling) -> Callable[..., Steps]:

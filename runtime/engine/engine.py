@@ -187,8 +187,8 @@ class Engine:
                 f"a picture of {rows} branches and {plan.grid[1]} x {plan.grid[0]} tokens takes "
                 f"{demand / self._unit:g} rows; this engine has {self.max_rows}"
             )
-        if len(plan.styles) > self.pipe.adapters.bank.slots:
-            raise StylemuseError(f"{len(plan.styles)} styles in one request; at most {self.pipe.adapters.bank.slots}")
+        if len(plan.styles) > self.pipe.adapters.slots:
+            raise StylemuseError(f"{len(plan.styles)} styles in one request; at most {self.pipe.adapters.slots}")
         at = {round((index + 1) * steps / (previews + 1)) for index in range(previews)} if previews < steps else None
         shown = frozenset(range(1, steps)) if at is None else frozenset(at - {0, steps})
         ticket = Ticket(plan.seeds, steps, rows, self._cancelled)

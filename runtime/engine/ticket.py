@@ -21,7 +21,7 @@ from PIL import Image
 from .. import arrays
 from ..core import Result
 from ..decoding.loop import Canvas
-from ..network import TorchNetwork
+from ..protocols import Backend
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +39,10 @@ class Snapshot:
     _tokens: Any
     _unknown: Any
     _grid: tuple[int, int]
-    _network: TorchNetwork
+    _network: Backend
 
     @classmethod
-    def of(cls, picture: int, canvas: Canvas, network: TorchNetwork) -> Snapshot:
+    def of(cls, picture: int, canvas: Canvas, network: Backend) -> Snapshot:
         """The canvas now; its tensors are replaced at the next step, never written to."""
         grid = (canvas.shape[0], canvas.shape[1])
         return cls(picture, canvas.step, len(canvas.steps), canvas.tokens, canvas.unknown, grid, network)

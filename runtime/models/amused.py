@@ -78,12 +78,6 @@ class AmusedConfig:
             raise StylemuseError("transformer config: downsample and upsample must be both true or both false")
         return made
 
-    def check_grid(self, height: int, width: int) -> None:
-        """Raises for a grid (in tokens) that the network can't process."""
-        if height < 1 or width < 1 or (self.downsample and (height % 2 or width % 2)):
-            need = "even and positive" if self.downsample else "positive"
-            raise StylemuseError(f"a grid of {height} x {width} tokens is impossible here; both sides must be {need}")
-
     def sites(self) -> dict[str, Site]:
         """Linear layers an adapter may change, by its name in the checkpoint, with its place in our fused weights."""
         table: dict[str, Site] = {}

@@ -108,6 +108,10 @@ class ClipTokenizer:
         ids = [encoding.ids for encoding in self._backend.encode_batch(list(texts))]
         return np.array(ids, np.int64).reshape(len(ids), self.length)
 
+    def count(self, text: str) -> int:
+        """Tokens of a text, start and end included and without the padding; at most `length`."""
+        return sum(self._backend.encode(text).attention_mask)
+
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer as one tokenizer.json, with the little that is beside it, into a new folder."""
         folder = Path(folder)

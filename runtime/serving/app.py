@@ -16,8 +16,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from .. import __version__
-from ..adapters.versions import Version
 from ..engine.engine import Engine
+from ..protocols import StyleVersion
 from . import errors
 from .boundary import Boundary, Log
 from .errors import ApiError
@@ -154,7 +154,7 @@ class _Models:
     def _all(self) -> list[Model]:
         return [self._base(), *(self._style(version) for version in self._library.versions())]
 
-    def _version(self, name: str) -> Version:
+    def _version(self, name: str) -> StyleVersion:
         if name not in self._library:
             raise ApiError(404, "there is no such model", param="model")
         return self._library.version(name)
@@ -163,7 +163,7 @@ class _Models:
         sizes = [f"{width}x{height}" for width, height in self._settings.sizes]
         return self._model(self._settings.model, root=self._settings.model, parent=None, sizes=sizes)
 
-    def _style(self, version: Version) -> Model:
+    def _style(self, version: StyleVersion) -> Model:
         return self._model(
             version.name,
             root=f"{version.name}@{version.sha256[:12]}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -80,7 +81,10 @@ def api_error(error: Exception, model: str, name: str) -> ApiError:
     if isinstance(error, EngineError):
         return ApiError(_STATUS.get(type(error), 500), str(error))
     if isinstance(error, StylemuseError):
-        return ApiError(400, printable(str(error).replace(model, name)))
+        # As a word of its own: a model may be called ".".
+        return ApiError(
+            400, printable(re.sub(rf"(?<![\w./-]){re.escape(model)}(?![\w/-]|\.\w)", lambda _: name, str(error)))
+        )
     return ApiError(500, "the server failed; the request id finds it in the log")
 
 
@@ -113,7 +117,8 @@ def install(app: FastAPI, model: str, name: str) -> None:
         found = ApiError(error.status_code, printable(str(error.detail)), headers=error.headers)
         return JSONResponse(found.body(request_id(request)), found.status, found.headers)
 
-    for kind in (ApiError, EngineError, StylemuseError):
+    # Without one for Exception, Starlette answers in plain text before anything around the application can.
+    for kind in (ApiError, EngineError, StylemuseError, Exception):
         app.add_exception_handler(kind, known)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)

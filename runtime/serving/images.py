@@ -40,7 +40,6 @@ class Images:
         self._engine, self._settings = engine, settings
         pipe = engine.pipe
         self._factor = pipe.network.sizes.factor
-        self._steps = int(pipe.defaults.get("steps", 12))
         self._threads = ThreadPoolExecutor(_THREADS, "stylemuse-pictures")
         self.router = APIRouter()
         self.router.add_api_route(
@@ -54,15 +53,17 @@ class Images:
 
     async def generate(self, given: Generation, request: Request) -> Response | Pictures:
         """Draw a prompt."""
-        wanted = to_request(given, self._settings, self._steps, self._factor, self._recommended)
+        defaults = self._engine.pipe.defaults
+        wanted = to_request(given, self._settings, defaults, self._factor, self._recommended)
         request.scope["facts"] = {"pictures": given.n, "style": given.style, "user": given.user}
         previews, limit = given.partial_images or 0, given.timeout or self._settings.limits.seconds
 
-        def submit() -> Ticket:
-            return self._engine.submit(wanted, priority=given.priority, timeout=limit, previews=previews)
+        def submit() -> tuple[Ticket, int]:
+            ticket = self._engine.submit(wanted, priority=given.priority, timeout=limit, previews=previews)
+            return ticket, self._engine.pipe.network.prompt_tokens(given.prompt)
 
-        ticket = await run_in_threadpool(submit)
-        drawing = _Drawing(self._engine, self._settings, given, ticket, self._threads)
+        ticket, read = await run_in_threadpool(submit)
+        drawing = _Drawing(self._engine, self._settings, given, ticket, self._threads, read)
         if given.stream:
             return StreamingResponse(drawing.events(request), media_type="text/event-stream", headers=_UNBUFFERED)
         async with _until_it_leaves(request, ticket):
@@ -79,17 +80,18 @@ class _Drawing:
     """One generation."""
 
     def __init__(
-        self, engine: Engine, settings: Settings, given: Generation, ticket: Ticket, threads: Executor
+        self, engine: Engine, settings: Settings, given: Generation, ticket: Ticket, threads: Executor, read: int
     ) -> None:
+        """``read``: tokens of the prompt."""
         self._pipe, self._settings, self._given, self._ticket = engine.pipe, settings, given, ticket
-        self._threads = threads
+        self._threads, self._read = threads, read
         self._created = int(time.time())
 
     async def answer(self) -> Pictures:
         """All pictures."""
         result = await self._ticket
         height, width = result.tokens.shape[1:]
-        encoded = [await self._encoded(image) for image in result.images]
+        encoded = await asyncio.gather(*(self._encoded(image) for image in result.images))
         kind = self._given.output_format
         pictures = [
             Picture(b64_json=data, seed=seed)
@@ -157,9 +159,7 @@ class _Drawing:
         return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
 
     def _usage(self, drawn: int) -> Usage:
-        ids = self._pipe.network.tokenizer.ids([self._given.prompt])[0]
-        read = int((ids == ids[-1]).nonzero()[0][0]) + 1  # the rest is padding like the last
-        details = TokenDetails(text_tokens=read)
+        read, details = self._read, TokenDetails(text_tokens=self._read)
         return Usage(input_tokens=read, output_tokens=drawn, total_tokens=read + drawn, input_tokens_details=details)
 
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ..adapters.canonical import NAME, Adapter
+from ..adapters.canonical import Adapter
 from ..adapters.library import Library
-from ..core import StylemuseError
+from ..core import STYLE_NAME, StylemuseError
 from .store import Store
 
 
@@ -80,7 +80,7 @@ class Registry:
             return self._library.add(name, path, swap=swap, on_free=self._discard(path))
 
     def _check_name(self, name: str) -> None:
-        if not NAME.fullmatch(name):
+        if not STYLE_NAME.fullmatch(name):
             raise StylemuseError("an adapter's name has letters, digits, '.', '_' and '-', at most 64")
         if name in self._built_in:
             raise StylemuseError(f"style {name!r} comes with the model; choose another name")

@@ -16,6 +16,7 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
+from ..assembly import in_torch
 from ..core import StylemuseError
 from ..engine.engine import Engine
 from ..pipeline import Pipeline
@@ -48,8 +49,11 @@ class Service:
     ) -> None:
         self.draining, self._drain_seconds = False, drain_seconds
         metrics = Metrics()
-        store = Store(settings.state) if settings.state is not None else None
-        self.registry = Registry(pipe.adapters, store, settings.adapters)
+        # Styles come and go by it; an exported folder has those it has, so none is made for it unless it is asked for.
+        self.registry: Registry | None = None
+        if settings.state is not None or settings.admin_token is not None:
+            store = Store(settings.state) if settings.state is not None else None
+            self.registry = Registry(in_torch(pipe).adapters, store, settings.adapters)
         self.engine = Engine(
             pipe,
             max_rows=max_rows,
@@ -60,7 +64,7 @@ class Service:
         )
         self.app: ASGIApp = app.create(self.engine, settings, metrics, ready=lambda: not self.draining, log=log)
         self.admin: ASGIApp | None = None
-        if settings.admin_token is not None:
+        if settings.admin_token is not None and self.registry is not None:
             self.admin = admin.create(self.registry, settings, pipe.name, metrics, log)
 
     def drain(self) -> None:

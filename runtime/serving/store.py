@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..adapters import canonical
-from ..adapters.canonical import NAME, Adapter
+from ..adapters.canonical import Adapter
 from ..adapters.files import MAX_JSON_BYTES, parse_json, read_bytes, sync_folder
-from ..core import StylemuseError
+from ..core import STYLE_NAME, StylemuseError
 
 SCHEMA = 1
 _SHA = 16
@@ -77,7 +77,7 @@ class Store:
         if facts.get("schema") != SCHEMA or not isinstance(adapters, dict):
             raise StylemuseError(f"registry.json: schema {facts.get('schema')!r}; this release reads {SCHEMA}")
         for name, version in adapters.items():
-            known = NAME.fullmatch(name) and isinstance(version, str) and version.startswith(f"{name}@")
+            known = STYLE_NAME.fullmatch(name) and isinstance(version, str) and version.startswith(f"{name}@")
             if not known or "/" in version or not (self._versions / version).is_dir():
                 raise StylemuseError(f"registry.json: the folder of {name!a} is not there")
         return adapters

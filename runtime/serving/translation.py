@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from ..core import Guidance, Request, Sampling, Style
 from ..decoding.guidance import CFG, StyleDrop
+from ..planning import recommended_steps
 from .errors import ApiError
 from .schema import Generation, StyleUse
 from .settings import Settings
@@ -15,11 +17,11 @@ Facts = Mapping[str, str | int | float]
 
 
 def to_request(
-    given: Generation, settings: Settings, default_steps: int, factor: int, recommended: Callable[[str], Facts]
+    given: Generation, settings: Settings, defaults: Mapping[str, Any], factor: int, recommended: Callable[[str], Facts]
 ) -> Request:
     """The request. What is out of bounds is refused before anything is made of it.
 
-    ``factor`` is pixels per token; ``recommended`` what a style recommends.
+    ``defaults`` is what the model recommends, ``recommended`` what a style does; ``factor`` is pixels per token.
     """
     limits = settings.limits
     _most("n", given.n, limits.pictures)
@@ -29,9 +31,6 @@ def to_request(
         if len(getattr(given, name)) > limits.prompt:
             raise ApiError(400, f"{name} has over {limits.prompt} characters, which are allowed", param=name)
     size = _size(given.size, settings)
-    work = given.n * (steps or default_steps) * size[0] * size[1] // factor**2
-    if work > limits.work:
-        raise ApiError(400, f"n x steps x tokens is {work}; at most {limits.work} are allowed", param="n")
     if given.partial_images is not None and not given.stream:
         raise ApiError(400, "partial_images needs stream", param="partial_images")
     if given.output_compression is not None and given.output_format == "png":
@@ -39,6 +38,10 @@ def to_request(
     if given.timeout is not None and given.timeout > limits.seconds:
         raise ApiError(400, f"timeout is at most {limits.seconds:g} seconds", param="timeout")
     styles = _styles(given, settings)
+    told = {name: recommended(name) for name in styles or ()}
+    work = given.n * (steps or recommended_steps(told, defaults)) * size[0] * size[1] // factor**2
+    if work > limits.work:
+        raise ApiError(400, f"n x steps x tokens is {work}; at most {limits.work} are allowed", param="n")
     return Request(
         prompt=given.prompt,
         style=styles,
@@ -46,7 +49,7 @@ def to_request(
         n=given.n,
         seed=given.seed,
         sampling=Sampling(steps=steps),
-        guidance=_guidance(given, recommended(next(iter(styles))) if styles else {}),
+        guidance=_guidance(given, next(iter(told.values()), {})),
         size=size,
     )
 

@@ -18,9 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..adapters.canonical import Adapter
-from ..core import StylemuseError
+from ..assembly import in_torch
+from ..core import AESTHETIC_SCORE, StylemuseError
 from ..kernels.rows import LowRank, RowAdapters, RowSlots, Site
-from ..network import AESTHETIC_SCORE
+from ..network import TorchNetwork
 from ..pipeline import Pipeline
 from .training import finite, mask_at_random
 
@@ -85,26 +86,27 @@ def tune(
         recommended: guidance and steps to store with it.
         on_step: called with (steps done, of how many, loss).
     """
-    network = pipe.network
+    model = in_torch(pipe)
+    network = model.network
     if network.device.type != "cpu" or network.dtype != torch.float32:
         given = f"{network.device} in {str(network.dtype).removeprefix('torch.')}"
         raise StylemuseError(f'tuning on {given} is not supported; load the model with device="cpu", dtype="float32"')
     if network.quantization is not None:
         raise StylemuseError("tuning a quantized model is not supported; load it without quantization")
     recipe, words = recipe or Recipe(), descriptor_of(prompt) if descriptor is None else descriptor
-    config = pipe.network.transformer.config
+    config = network.transformer.config
     sites = {site: place for site, place in config.sites().items() if site.endswith(PROJECTIONS)}
     generator = torch.Generator().manual_seed(seed)
     stacks = _fresh(sites, recipe.rank, generator)
     trained = [side for pair in stacks.values() for side in (pair.down, pair.up)]
     optimizer = torch.optim.Adam(trained, lr=recipe.rate, betas=(0.9, 0.98))
-    views = _views(pipe, picture)
+    views = _views(network, picture)
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate * min(1.0, (step + 1) / 10, 2 * (recipe.steps - step) / recipe.steps)
         chosen = views[torch.randint(len(views), (recipe.batch,), generator=generator)]
         masked = mask_at_random(tuple(chosen.shape), generator)
-        loss = F.cross_entropy(_logits(pipe, prompt, stacks, chosen, masked), chosen[masked])
+        loss = F.cross_entropy(_logits(network, prompt, stacks, chosen, masked), chosen[masked])
         optimizer.zero_grad(set_to_none=True)
         finite(loss).backward()
         optimizer.step()
@@ -115,7 +117,7 @@ def tune(
         kind="lora",
         tensors={site: _pair(stacks[place.group], place) for site, place in sites.items()},
         base_model=pipe.name,
-        base_sha256=pipe.adapters.base_sha256(),
+        base_sha256=model.adapters.base_sha256(),
         descriptor=words,
         caption=prompt,
         recommended=recommended or {},
@@ -133,16 +135,18 @@ def _fresh(sites: Mapping[str, Site], rank: int, generator: torch.Generator) -> 
     return stacks
 
 
-def _views(pipe: Pipeline, picture: Image.Image) -> Tensor:
+def _views(network: TorchNetwork, picture: Image.Image) -> Tensor:
     """Codes (2, h, w) of the picture and of its mirror image, at the model's own size."""
-    side = pipe.network.transformer.config.sample_size
+    side = network.transformer.config.sample_size
     views = (picture, picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
-    return torch.stack([pipe.network.codes(view, (side, side)) for view in views])
+    return torch.stack([network.codes(view, (side, side)) for view in views])
 
 
-def _logits(pipe: Pipeline, prompt: str, stacks: Mapping[str, LowRank], tokens: Tensor, masked: Tensor) -> Tensor:
+def _logits(
+    network: TorchNetwork, prompt: str, stacks: Mapping[str, LowRank], tokens: Tensor, masked: Tensor
+) -> Tensor:
     """(M, K) logits of the masked positions, differentiable in the stacks."""
-    network, rows = pipe.network, len(tokens)
+    rows = len(tokens)
     text = network.text(prompt)
     pixels = float(tokens.shape[1] * network.vq.config.factor)
     micro = torch.tensor([[pixels, pixels, 0.0, 0.0, AESTHETIC_SCORE]])
