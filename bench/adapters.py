@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from stylemuse.adapters import canonical
-from stylemuse.assembly import TorchPipeline, in_torch
-from stylemuse.machine import DTYPES
+from stylemuse.backend.machine import DTYPES
+from stylemuse.loading.assembly import TorchPipeline, in_torch
 
 from . import measure, steps
 from .arguments import Arguments, count

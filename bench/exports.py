@@ -30,7 +30,8 @@ from typing import Any
 import torch
 
 import stylemuse as sm
-from stylemuse.decoding.loop import Timings, decode
+from stylemuse.decoding.canvas import Timings
+from stylemuse.decoding.loop import decode
 from stylemuse.export import manifest
 from stylemuse.export.adapters import FORMS
 from stylemuse.export.deploy import export

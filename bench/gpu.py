@@ -27,10 +27,10 @@ from typing import Any
 import torch
 
 import stylemuse as sm
-from stylemuse.assembly import TorchPipeline, in_torch
+from stylemuse.backend.machine import choose
 from stylemuse.kernels import tuning
 from stylemuse.kernels.dispatch import obstacle
-from stylemuse.machine import choose
+from stylemuse.loading.assembly import TorchPipeline, in_torch
 from stylemuse.models.amused import AmusedConfig
 
 from . import adapters, kernels, measure, networks, peers, report, steps, targets, tune

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stylemuse.backend.machine import DTYPES, choose
 from stylemuse.kernels.attention import attention
 from stylemuse.kernels.bottleneck import bottleneck
 from stylemuse.kernels.canvases import Canvases, Schedules
@@ -26,7 +27,6 @@ from stylemuse.kernels.quantization import FORMATS, NAMES, quantize_reference
 from stylemuse.kernels.quantization import obstacle as format_obstacle
 from stylemuse.kernels.response_norm import response_norm
 from stylemuse.kernels.rows import Bottleneck, LowRank, RowSlots
-from stylemuse.machine import DTYPES, choose
 from stylemuse.models.amused import AmusedConfig
 
 from . import measure

@@ -18,13 +18,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stylemuse.adapters.canonical import Adapter
-from stylemuse.assembly import TorchPipeline, assemble
-from stylemuse.decoding.loop import Canvas, advance
+from stylemuse.backend.machine import choose
+from stylemuse.decoding.canvas import Canvas
+from stylemuse.decoding.loop import advance
 from stylemuse.decoding.schedule import amused
 from stylemuse.kernels import tuning
 from stylemuse.kernels.dispatch import OPERATIONS, STEP, Kernels
 from stylemuse.kernels.rows import BASE
-from stylemuse.machine import choose
+from stylemuse.loading.assembly import TorchPipeline, assemble
 from stylemuse.models.amused import AmusedConfig
 
 from .networks import TINY, random_adapter, tiny_networks

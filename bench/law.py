@@ -28,14 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stylemuse.assembly import TorchPipeline
+from stylemuse.backend.network import TorchNetwork
 from stylemuse.core import AESTHETIC_SCORE
-from stylemuse.decoding.loop import Canvas, decode
+from stylemuse.decoding.canvas import Canvas
+from stylemuse.decoding.loop import decode
 from stylemuse.decoding.schedule import amused
 from stylemuse.kernels.linear import linear_reference
 from stylemuse.kernels.rows import LowRank, RowAdapters, RowSlots
+from stylemuse.loading.assembly import TorchPipeline
 from stylemuse.models.vq import VQ, GroupNorm
-from stylemuse.network import TorchNetwork
 
 from . import measure
 

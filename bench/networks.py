@@ -17,12 +17,13 @@ from torch import nn
 
 from stylemuse import Pipeline, load
 from stylemuse.adapters.canonical import Adapter
-from stylemuse.assembly import TorchPipeline, assemble
-from stylemuse.folder import Networks, read_model, write_model
-from stylemuse.hub import resolve
+from stylemuse.backend.machine import choose, choose_kernels
 from stylemuse.kernels.quantization import FORMATS
-from stylemuse.machine import choose, choose_kernels
+from stylemuse.loading.assembly import TorchPipeline, assemble
+from stylemuse.loading.folder import read_model, write_model
+from stylemuse.loading.hub import resolve
 from stylemuse.models.amused import Amused, AmusedConfig
+from stylemuse.models.networks import Networks
 from stylemuse.models.text import ClipText, ClipTextConfig
 from stylemuse.models.tokenizer import build_word_tokenizer
 from stylemuse.models.vq import VQ, VQConfig

@@ -32,14 +32,15 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from stylemuse import weights
 from stylemuse.adapters import lora
 from stylemuse.adapters.bank import Bank
 from stylemuse.adapters.merge import merged
-from stylemuse.decoding.loop import Canvas, advance
+from stylemuse.decoding.canvas import Canvas
+from stylemuse.decoding.loop import advance
 from stylemuse.decoding.schedule import amused
 from stylemuse.kernels import sampling
 from stylemuse.kernels.rows import RowAdapters, RowSlots
+from stylemuse.loading import weights
 from stylemuse.models.amused import Amused, AmusedConfig
 from stylemuse.models.layers import Conditioning
 from stylemuse.models.text import ClipText, ClipTextConfig

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 import stylemuse as sm
-from stylemuse.assembly import in_torch
-from stylemuse.machine import DTYPES, choose
+from stylemuse.backend.machine import DTYPES, choose
+from stylemuse.loading.assembly import in_torch
 
 from . import measure, rivals
 from .arguments import Arguments, count

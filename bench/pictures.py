@@ -28,8 +28,8 @@ from PIL import Image
 
 import stylemuse
 from stylemuse import Pipeline, Request
-from stylemuse.folder import weights_sha256
-from stylemuse.hub import resolve
+from stylemuse.loading.folder import weights_sha256
+from stylemuse.loading.hub import resolve
 from stylemuse.tuning.examine import accuracy
 from stylemuse.tuning.judge import HEADS, PICTURE, Judge, labels_of, load_judge, to_tensor
 from stylemuse.tuning.judge_training import draw as drawn

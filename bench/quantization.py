@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 import stylemuse as sm
-from stylemuse.assembly import TorchPipeline, in_torch
 from stylemuse.decoding.rng import image_seeds
 from stylemuse.kernels.quantization import FORMATS
+from stylemuse.loading.assembly import TorchPipeline, in_torch
 
 from . import measure
 from .arguments import Arguments

@@ -21,8 +21,8 @@ import torch
 from stylemuse import Engine, Pipeline, StylemuseError
 from stylemuse.adapters.canonical import Adapter
 from stylemuse.adapters.formats import pack
-from stylemuse.assembly import in_torch
-from stylemuse.machine import DTYPES
+from stylemuse.backend.machine import DTYPES
+from stylemuse.loading.assembly import in_torch
 
 from . import client, law, load, measure, sharing, steps
 from .arguments import Arguments, count

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from stylemuse.adapters.formats import pack
-from stylemuse.machine import DTYPES
+from stylemuse.backend.machine import DTYPES
 
 from . import client, measure
 from .arguments import Arguments, count

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stylemuse.machine import choose
+from stylemuse.backend.machine import choose
 
 from . import measure
 from .arguments import Arguments, count

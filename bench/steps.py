@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from stylemuse import CFG, Pipeline, Request, Sampling, StyleDrop
+from stylemuse.backend.machine import DTYPES
 from stylemuse.decoding.schedule import amused
-from stylemuse.machine import DTYPES
 
 from . import cost, launches, measure
 from .arguments import Arguments, count

@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stylemuse.assembly import TorchPipeline, in_torch
+from stylemuse.backend.machine import choose
 from stylemuse.kernels.dispatch import obstacle
 from stylemuse.kernels.tuning import Call, Described, Launch, Met, Problem, trial, tuned_file
-from stylemuse.machine import choose
+from stylemuse.loading.assembly import TorchPipeline, in_torch
 
 from . import compiling, measure
 from .arguments import Arguments, count

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from ..core import Branch, Request, Sampling, Style
+from ..decoding.canvas import Canvas, Rows, Timings
 from ..decoding.guidance import CFG
-from ..decoding.loop import Canvas, Rows, Timings, decode
+from ..decoding.loop import decode
 from ..pipeline import Pipeline
-from ..planning import Plan
+from ..requests.planning import Plan
 from . import check
 from .loading import ExportedPipeline, open_folder
 from .ort import OnnxNetwork

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from ..adapters.canonical import Adapter
-from ..assembly import in_torch
+from ..backend.network import TorchNetwork
 from ..core import StylemuseError
-from ..network import TorchNetwork
+from ..loading.assembly import in_torch
 from ..pipeline import Pipeline
 from . import agreement, files, folder, generate, manifest, page, quantize
 from .adapters import FORMS, pack

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import onnxruntime
 import torch
 
-from .. import weights
 from ..adapters.canonical import Adapter
 from ..adapters.merge import merged
+from ..backend.network import TorchNetwork
 from ..decoding import schedule
+from ..loading import weights
 from ..models.amused import Amused
-from ..network import TorchNetwork
 from ..pipeline import Pipeline
 from . import convert, fuse
 from .adapters import Styling, is_constant, pack, places

@@ -6,9 +6,10 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from .. import cpu
+from ..backend import cpu
 from ..core import StylemuseError
-from ..pipeline import Pipeline, load
+from ..loading.load import load
+from ..pipeline import Pipeline
 from . import manifest
 from .ort import OnnxNetwork
 from .shelf import Shelf
@@ -33,17 +34,17 @@ def load_onnx(
     rank: int = 64,
     threads: int | None = None,
 ) -> Pipeline:
-    """A pipeline over ONNX graphs; see ``pipeline.load``. A model is exported first, into a temporary folder.
+    """A pipeline over ONNX graphs; see ``loading.load``. A model is exported first, into a temporary folder.
 
     Raises:
-        StylemuseError: as ``pipeline.load``; an exported folder that was changed; another dtype than the graphs'.
+        StylemuseError: as ``loading.load``; an exported folder that was changed; another dtype than the graphs'.
     """
     path = Path(name).expanduser()
     if (path / manifest.NAME).is_file():
         return open_folder(path, device=device, dtype=dtype, threads=threads)
     if dtype not in (None, "float32"):
         raise StylemuseError(f"dtype {dtype!r} is not there; allowed: float32. For others, export with --precision")
-    from ..assembly import in_torch
+    from ..loading.assembly import in_torch
     from . import folder
     from .adapters import pack
 

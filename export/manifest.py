@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import cpu
+from ..backend import cpu
 from ..core import STYLE_NAME, StylemuseError, is_number
 from .spec import GRAPHS, Axis, Tensor
 

@@ -15,7 +15,7 @@ import onnxruntime
 from PIL import Image
 
 from ..core import AESTHETIC_SCORE, Sizes, StylemuseError
-from ..decoding.loop import Canvas, Rows, Timings, timed
+from ..decoding.canvas import Canvas, Rows, Timings, timed
 from ..models.tokenizer import ClipTokenizer
 from . import styles
 from .manifest import GraphFile, Manifest
@@ -126,7 +126,7 @@ class Session:
 
 
 class OnnxNetwork:
-    """Text, transformer and VQ of an exported folder; the methods are those of ``network.TorchNetwork``.
+    """Text, transformer and VQ of an exported folder; the methods are those of ``backend.network.TorchNetwork``.
 
     Args:
         folder, manifest: the folder, and its manifest as ``manifest.read`` gave it.

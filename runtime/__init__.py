@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from .engine.engine import Engine
     from .engine.errors import CancelledError, ClosedError, DeadlineError, EngineError, FailedError, QueueFullError
     from .engine.ticket import Snapshot, Ticket
-    from .pipeline import Pipeline, Preview, load
+    from .loading.load import load
+    from .pipeline import Pipeline, Preview
 
 __version__ = "0.1.0"
 
@@ -54,7 +55,8 @@ _ROOMS = {
         "QueueFullError",
     ),
     "engine.ticket": ("Snapshot", "Ticket"),
-    "pipeline": ("Pipeline", "Preview", "load"),
+    "loading.load": ("load",),
+    "pipeline": ("Pipeline", "Preview"),
 }
 
 

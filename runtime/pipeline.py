@@ -1,4 +1,4 @@
-"""load() and Pipeline: prompt and style to picture in one call."""
+"""Pipeline: prompt and style to picture in one call."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 from PIL import Image
 
-from . import arrays
+from .backend import arrays
 from .core import Request, Result, Sampling, StylemuseError
-from .decoding.loop import Canvas, Network, Timings, WholeSteps, decode
-from .jobs import Job, Jobs
-from .planning import Plan
+from .decoding.canvas import Canvas, Network, Timings, WholeSteps
+from .decoding.loop import decode
 from .protocols import Array, Backend, Styles
+from .requests.jobs import Job, Jobs
+from .requests.planning import Plan
 
 
 @dataclass(frozen=True)
@@ -39,52 +39,6 @@ class Preview:
 
 
 OnStep = Callable[[Preview], None]
-
-
-def load(
-    name: str = "demo",
-    *,
-    backend: str = "auto",
-    device: str | None = None,
-    dtype: str | None = None,
-    quantization: str | None = None,
-    variant: str | None = None,
-    revision: str | None = None,
-    slots: int = 64,
-    rank: int = 64,
-) -> Pipeline:
-    """A pipeline for a model, with the styles that come with it.
-
-    Args:
-        name: "demo" (embedded), a folder in diffusers layout, a hub id, or a folder that ``stylemuse export`` wrote.
-        backend: "auto", "reference", "triton" (the same networks with Triton kernels, on a GPU), or "onnx", which is
-            what an exported folder always runs on.
-        device, dtype: None chooses by what the machine has; ``explain()`` tells why.
-        quantization: "int8" or "fp8" for weights and activations of the transformer layers in 8 bits, which changes
-            pictures a little (``explain()``, ``stylemuse bench quantization``); None for none.
-        variant, revision: of a hub id's files, say "fp16"; the commit is pinned for the published aMUSEd models.
-        slots, rank: how many adapters can be resident at once, and their largest rank.
-
-    Raises:
-        StylemuseError: an unknown model, backend, device, dtype or quantization, or a folder that is not complete.
-    """
-    exported = (Path(name).expanduser() / "manifest.json").is_file()
-    if exported and backend not in ("auto", "onnx"):
-        raise StylemuseError(f"{name!r} is an exported folder, which needs backend 'onnx', not {backend!r}")
-    if exported or backend == "onnx":
-        if quantization is not None:
-            raise StylemuseError(
-                f"quantization {quantization!r} is not for backend 'onnx'; export with --precision int8 instead"
-            )
-        from .export.loading import load_onnx
-
-        return load_onnx(name, device=device, dtype=dtype, variant=variant, revision=revision, slots=slots, rank=rank)
-    from .assembly import load_model
-
-    return load_model(
-        name, backend=backend, device=device, dtype=dtype, quantization=quantization, variant=variant,
-        revision=revision, slots=slots, rank=rank,
-    )  # fmt: skip
 
 
 class Pipeline:

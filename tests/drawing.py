@@ -14,8 +14,8 @@ from PIL import Image
 
 import stylemuse
 from stylemuse import Pipeline, Request
+from stylemuse.backend.static import StaticRows
 from stylemuse.decoding.buckets import Buckets
-from stylemuse.static import StaticRows
 
 FOX = Request("a fox", seed=7)
 """What `draw` draws."""

@@ -8,7 +8,7 @@ import torch
 
 from stylemuse.adapters import canonical
 from stylemuse.adapters.canonical import Adapter
-from stylemuse.folder import weights_sha256, write_model
+from stylemuse.loading.folder import weights_sha256, write_model
 from stylemuse.models.amused import Amused, AmusedConfig
 from stylemuse.models.text import ClipText, ClipTextConfig
 from stylemuse.models.tokenizer import build_word_tokenizer

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import UVit2DModel, VQModel
 
-from stylemuse import weights
+from stylemuse.loading import weights
 from stylemuse.models.amused import Amused, AmusedConfig
 from stylemuse.models.vq import VQ, VQConfig
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from stylemuse.decoding.loop import Canvas
+from stylemuse.decoding.canvas import Canvas
 from stylemuse.engine.batcher import QUANTUM, Batcher, Entry, Turn
 
 

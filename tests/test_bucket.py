@@ -16,13 +16,14 @@ from test_loop import TinyNetwork, blank, context, partly_known, visible
 from torch import Tensor
 
 from stylemuse import Pipeline
+from stylemuse.backend.static import StaticRows
 from stylemuse.decoding.bucket import size
 from stylemuse.decoding.buckets import KEPT, Buckets
-from stylemuse.decoding.loop import Canvas, advance, decode
+from stylemuse.decoding.canvas import Canvas
+from stylemuse.decoding.loop import advance, decode
 from stylemuse.decoding.schedule import amused, maskgit, styledrop
 from stylemuse.kernels.dispatch import REFERENCE, Kernels, triton_kernels
 from stylemuse.kernels.rows import BASE
-from stylemuse.static import StaticRows
 
 BOTH = pytest.mark.parametrize("kernels", [REFERENCE, triton_kernels(DEVICE)], ids=lambda kernels: kernels.name)
 SIZE = 21

@@ -18,9 +18,9 @@ from PIL import Image
 from test_engine_laws import check, triples
 
 from stylemuse import CFG, Engine, FailedError, ObjectInStyle, Pipeline, Request, Sampling, Style, StyleDrop
+from stylemuse.backend.static import StaticRows
 from stylemuse.decoding.bucket import Bucket
 from stylemuse.decoding.buckets import Buckets
-from stylemuse.static import StaticRows
 
 MASK = Image.fromarray(np.kron([[0, 255], [255, 0]], np.ones((16, 16))).astype(np.uint8))
 REQUESTS = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from stylemuse.cache import Recent
+from stylemuse.requests.cache import Recent
 
 
 def test_least_recently_used_leaves_first() -> None:

@@ -14,7 +14,7 @@ from interpreter import DEVICE
 from models import SIDE
 from torch import Tensor
 
-from stylemuse.captured import KEPT, Captured, Pool, capture
+from stylemuse.decoding.captured import KEPT, Captured, Pool, capture
 from stylemuse.kernels.rows import BASE
 
 gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need a GPU")

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import stylemuse
-from stylemuse import weights
 from stylemuse.adapters import canonical
+from stylemuse.loading import weights
 from stylemuse.models.amused import AmusedConfig
 from stylemuse.tuning import style as tuning
 

@@ -13,11 +13,11 @@ import torch
 from comparator import TRITON
 from interpreter import DEVICE
 
+from stylemuse.backend.machine import choose_kernels
 from stylemuse.core import StylemuseError
 from stylemuse.kernels import tuning
 from stylemuse.kernels.dispatch import OPERATIONS, REFERENCE, STEP, obstacle
 from stylemuse.kernels.tuning import FAMILIES, SHARED_MEMORY, Launch, pick, specimens
-from stylemuse.machine import choose_kernels
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="it is about machines without a GPU")
 

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 import stylemuse as sm
-from stylemuse.hub import resolve
+from stylemuse.loading.hub import resolve
 from stylemuse.tuning.style import Recipe, tune
 
 FOLDER = resolve("demo")

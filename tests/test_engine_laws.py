@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import stylemuse
 from stylemuse import Engine, Pipeline, Request, Result, Sampling
-from stylemuse.decoding.loop import Canvas, advance
+from stylemuse.decoding.canvas import Canvas
+from stylemuse.decoding.loop import advance
 from stylemuse.decoding.schedule import amused
 from stylemuse.engine.budget import NOISE_BYTES, row_bytes, rows_within
 

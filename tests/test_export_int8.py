@@ -15,7 +15,7 @@ import pytest
 from command_line import Run
 
 import stylemuse as sm
-from stylemuse import cpu
+from stylemuse.backend import cpu
 from stylemuse.export import files, quantize
 from stylemuse.export.deploy import export
 from stylemuse.export.graph import MICROSOFT, Graph

@@ -11,8 +11,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
-from stylemuse import hub
 from stylemuse.core import StylemuseError
+from stylemuse.loading import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -66,7 +66,7 @@ def test_demo_is_the_embedded_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     folder = tmp_path / "assets" / "demo"
     folder.mkdir(parents=True)
     (folder / "model_index.json").write_text("{}")
-    monkeypatch.setattr(hub, "__file__", str(tmp_path / "hub.py"))
+    monkeypatch.setattr(hub, "__file__", str(tmp_path / "loading" / "hub.py"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     assert hub.resolve("demo") == folder
@@ -91,7 +91,7 @@ def test_published_models_are_pinned(calls: Calls) -> None:
 
 
 def test_an_unpinned_model_reports_its_commit(calls: Calls, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="stylemuse.hub"):
+    with caplog.at_level(logging.INFO, logger="stylemuse.loading.hub"):
         folder = hub.resolve("org/model")
     assert calls[0]["revision"] is None
     assert hub.revision_of(folder) == COMMIT

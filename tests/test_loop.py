@@ -14,8 +14,9 @@ from diffusers.schedulers import scheduling_amused
 from torch import Tensor
 
 from stylemuse.core import Style, StylemuseError
+from stylemuse.decoding.canvas import Canvas, Timings
 from stylemuse.decoding.guidance import StyleDrop
-from stylemuse.decoding.loop import Canvas, Timings, advance, decode
+from stylemuse.decoding.loop import advance, decode
 from stylemuse.decoding.rng import SEED_LIMIT, fresh_seed, image_seeds
 from stylemuse.decoding.schedule import Steps, amused, maskgit, styledrop
 from stylemuse.kernels import sampling

@@ -16,12 +16,12 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stylemuse import weights
 from stylemuse.adapters import lora
 from stylemuse.adapters.bank import Bank
 from stylemuse.adapters.canonical import Adapter
 from stylemuse.adapters.merge import merged
 from stylemuse.kernels.rows import RowAdapters, RowSlots
+from stylemuse.loading import weights
 from stylemuse.models.amused import Amused
 
 ATTENTION = ["to_q", "to_k", "to_v"]

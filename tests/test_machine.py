@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from stylemuse import StylemuseError, cpu
-from stylemuse.machine import choose
+from stylemuse import StylemuseError
+from stylemuse.backend import cpu
+from stylemuse.backend.machine import choose
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from test_loop import TinyNetwork, blank
 
-from stylemuse.decoding.loop import Timings, decode, timed
+from stylemuse.decoding.canvas import Timings, timed
+from stylemuse.decoding.loop import decode
 from stylemuse.decoding.schedule import amused
 from stylemuse.engine.pace import Pace
 

@@ -16,7 +16,8 @@ from PIL import Image
 
 import stylemuse
 from stylemuse import CFG, ObjectInStyle, Pipeline, Preview, Request, Sampling, Style, StyleDrop, StylemuseError
-from stylemuse.decoding import schedule, start
+from stylemuse.decoding import schedule
+from stylemuse.requests import start
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from stylemuse import CFG, Pipeline, Request, Result, Sampling
-from stylemuse.decoding import start
 from stylemuse.kernels import sampling
+from stylemuse.requests import start
 
 SEED, STEPS, CODES = 11, 4, 64
 Tokens = list[Tensor]

@@ -9,8 +9,8 @@ import torch
 from models import random_style
 
 from stylemuse import Adapter, Pipeline, Request, StylemuseError
-from stylemuse.decoding.loop import Canvas
-from stylemuse.planning import recommended_steps
+from stylemuse.decoding.canvas import Canvas
+from stylemuse.requests.planning import recommended_steps
 
 
 @pytest.mark.parametrize("steps", [0, -3, 1_000_000, 7.9, "many", True, float("nan"), 10**40])

@@ -24,24 +24,16 @@ MEGABYTE = 1 << 20
 
 MAY_IMPORT = {
     "core": set[str](),
+    "protocols": {"core", "adapters"},
     "kernels": {"kernels"},
     "models": {"core", "kernels", "models"},
     "adapters": {"core", "kernels", "adapters"},
-    "decoding": {"core", "captured", "kernels", "decoding"},
-    "captured": set[str](),
-    "arrays": set[str](),
-    "engine": {
-        "core",
-        "arrays",
-        "kernels",
-        "models",
-        "adapters",
-        "decoding",
-        "network",
-        "jobs",
-        "pipeline",
-        "engine",
-    },
+    "decoding": {"core", "kernels", "decoding"},
+    "backend": {"core", "kernels", "models", "adapters", "decoding", "backend"},
+    "requests": {"core", "protocols", "kernels", "decoding", "backend", "requests"},
+    "pipeline": {"core", "protocols", "decoding", "backend", "requests"},
+    "engine": {"core", "protocols", "kernels", "adapters", "decoding", "backend", "requests", "pipeline", "engine"},
+    "loading": {"core", "kernels", "models", "adapters", "decoding", "backend", "pipeline", "export", "loading"},
 }
 """What of ours the inner rooms may import; the outer ones (pipeline, tuning, export, ...) may import all but bench."""
 

@@ -1,4 +1,4 @@
-"""What a server said wrongly once: errors in another form, names torn apart, work that was not counted, other models."""
+"""What a server said wrongly once: errors in another form, torn names, work that was not counted, other models."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_an_error_nobody_expected_is_an_answer_like_others(tiny_model: Path, mon
     with serving(tiny_model) as live, live.client() as http:
 
         def broken(*_: object, **__: object) -> None:
-            raise RuntimeError("/home/someone/secret")
+            raise RuntimeError("/srv/secret")
 
         monkeypatch.setattr(live.service.engine, "submit", broken)
         answer = http.post(PATH, json={"prompt": "a fox"})
@@ -116,5 +116,3 @@ def test_prompts_are_counted(tiny_model: Path, text: str, tokens: int) -> None:
     assert tokenizer.count(text) == tokens
     ids = tokenizer.ids([text])[0]
     assert len(ids) - len([each for each in ids if each == ids[-1]]) + 1 == tokens
-
-

@@ -12,9 +12,9 @@ from command_line import Run
 from peers import TINY
 
 import stylemuse as sm
-from stylemuse.assembly import assemble
+from stylemuse.backend.machine import choose
 from stylemuse.bench import measure, networks, steps
-from stylemuse.machine import choose
+from stylemuse.loading.assembly import assemble
 from stylemuse.models.amused import AmusedConfig
 from stylemuse.models.vq import VQConfig
 

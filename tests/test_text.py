@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from stylemuse.core import StylemuseError
+from stylemuse.loading.weights import CLIP_TEXT, load_into
 from stylemuse.models.text import ClipText, ClipTextConfig
-from stylemuse.weights import CLIP_TEXT, load_into
 
 END = 49
 SIZES = {

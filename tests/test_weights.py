@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from stylemuse.core import StylemuseError
+from stylemuse.loading.weights import AMUSED, CLIP_TEXT, VQ, Table, load_into, read, to_checkpoint
 from stylemuse.models.text import ClipText, ClipTextConfig
-from stylemuse.weights import AMUSED, CLIP_TEXT, VQ, Table, load_into, read, to_checkpoint
 
 TEXT = {
     "vocab_size": 31,

@@ -32,7 +32,7 @@ OfModel = Annotated[
 def listed(model: options.Model = "demo", as_json: options.Json = False) -> None:
     """List the styles a model comes with."""
     from ..adapters import canonical
-    from ..folder import EXTRA, read_json
+    from ..loading.folder import EXTRA, read_json
 
     folder = Target(model).folder
     names = read_json(folder / EXTRA).get("styles", []) if (folder / EXTRA).is_file() else []
@@ -93,7 +93,7 @@ def imported(
 ) -> None:
     """Turn a published LoRA into a canonical adapter."""
     from ..adapters import canonical, lora
-    from ..folder import weights_sha256
+    from ..loading.folder import weights_sha256
 
     options.text(descriptor, "--descriptor")
     options.text(licence, "--licence")

@@ -49,7 +49,7 @@ def _version(package: str) -> str | None:
 def _cpu() -> dict[str, Any]:
     import torch
 
-    from .. import cpu
+    from ..backend import cpu
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
@@ -84,7 +84,7 @@ def _demo() -> dict[str, Any]:
     """The embedded model as `load` gives it, or why it doesn't, and the choices made for any model."""
     import stylemuse
 
-    from ..machine import choose
+    from ..backend.machine import choose
 
     try:
         pipe = stylemuse.load()

@@ -18,13 +18,13 @@ class Target:
     """The model an adapter is for, from its configuration; weights are read only when they are needed."""
 
     def __init__(self, name: str) -> None:
-        from .. import hub
+        from ..loading import hub
 
         self.name, self.folder = name, hub.resolve(name)
 
     @cached_property
     def config(self) -> AmusedConfig:
-        from ..folder import read_json
+        from ..loading.folder import read_json
         from ..models.amused import AmusedConfig
 
         return AmusedConfig.from_dict(read_json(self.folder / "transformer" / "config.json"))
@@ -42,7 +42,7 @@ class Target:
     def check(self, adapter: Adapter) -> None:
         """Raise unless the adapter fits this model, and its very weights where it says which it was made for."""
         from ..adapters.bank import Bank
-        from ..folder import weights_sha256
+        from ..loading.folder import weights_sha256
 
         known = weights_sha256(self.folder / "transformer") if adapter.base_sha256 else None
         sites, bottlenecks = self.config.sites(), self.config.bottleneck_sites()
@@ -57,7 +57,7 @@ class Weights(Mapping[str, "Tensor"]):
 
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
-        from .. import weights
+        from ..loading import weights
 
         self.read = True
         return weights.read(self._folder)

@@ -108,7 +108,7 @@ def _check(prompt: str, descriptor: str | None, name: str, rank: int | None, see
 
 def _recipe(model: str) -> Recipe:
     """The recipe that suits the model."""
-    from .. import hub
+    from ..loading import hub
     from ..tuning.style import AMUSED, Recipe
 
     published = {Path(name).name for name in hub.PINNED}

@@ -21,12 +21,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from stylemuse.captured import Graph, capture
+from stylemuse.decoding.captured import Graph, capture
 from stylemuse.kernels.canvases import Canvases, Schedules
 from stylemuse.kernels.decoding_step import decoding_step
 from stylemuse.kernels.dispatch import Kernels
 
-from .loop import Canvas
+from .canvas import Canvas
 
 BRANCHES = (1, 2, 3, 5)
 """Branches the draw is compiled for, beside the most a bucket takes: guidance with none, one and two more, objects."""

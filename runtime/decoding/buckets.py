@@ -19,10 +19,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from stylemuse.captured import Pool
+from stylemuse.decoding.captured import Pool
 
 from .bucket import Bucket, StaticNetwork
-from .loop import Canvas, Rows, Timings
+from .canvas import Canvas, Rows, Timings
 
 KEPT = 4
 """Sizes of pictures whose buckets are kept."""

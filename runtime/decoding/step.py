@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stylemuse.decoding.loop import Canvas, Network, Rows, Timings, timed
 from stylemuse.kernels import sampling
+
+from .canvas import Canvas, Network, Rows, Timings, timed
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..decoding.loop import Canvas
+from ..decoding.canvas import Canvas
 
 QUANTUM = 32
 """Steps of a turn: most recipes finish in one."""

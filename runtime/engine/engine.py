@@ -21,12 +21,13 @@ from types import TracebackType
 
 import numpy as np
 
-from .. import arrays
 from ..adapters.bank import SlotsInUse
+from ..backend import arrays
 from ..core import Request, Result, StylemuseError
-from ..decoding.loop import Canvas, advance, alike
-from ..jobs import Job
+from ..decoding.canvas import Canvas
+from ..decoding.loop import advance, alike
 from ..pipeline import Pipeline
+from ..requests.jobs import Job
 from .batcher import Batcher, Entry, Turn
 from .budget import rows_within
 from .errors import CancelledError, ClosedError, DeadlineError, EngineError, FailedError, QueueFullError

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .. import arrays
+from ..backend import arrays
 from ..core import Result
-from ..decoding.loop import Canvas
+from ..decoding.canvas import Canvas
 from ..protocols import Backend
 
 

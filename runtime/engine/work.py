@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..jobs import Job
+from ..requests.jobs import Job
 from .batcher import Entry, Turn
 from .ticket import Ticket
 

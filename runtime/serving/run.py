@@ -16,9 +16,9 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
-from ..assembly import in_torch
 from ..core import StylemuseError
 from ..engine.engine import Engine
+from ..loading.assembly import in_torch
 from ..pipeline import Pipeline
 from . import admin, app
 from .boundary import Log

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core import Guidance, Request, Sampling, Style
 from ..decoding.guidance import CFG, StyleDrop
-from ..planning import recommended_steps
+from ..requests.planning import recommended_steps
 from .errors import ApiError
 from .schema import Generation, StyleUse
 from .settings import Settings

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..machine import choose
+from ..backend.machine import choose
 from ..models.amused import Amused, AmusedConfig
 from ..models.layers import Linear
 from ..models.text import ClipText, ClipTextConfig

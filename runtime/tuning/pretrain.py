@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..folder import write_model
+from ..loading.folder import write_model
 from ..models.tokenizer import ClipTokenizer, build_word_tokenizer
 from . import painter, pretrain_vq
 from .looks import vocabulary

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..machine import choose
+from ..backend.machine import choose
 from ..models.vq import VQ, ResnetBlock, VQConfig, channels_last
 from .training import Average, Clock, State, finite, load, load_weights, report, save, save_weights, warm_hold_decay
 from .world import World

@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..adapters.canonical import Adapter
-from ..assembly import in_torch
+from ..backend.network import TorchNetwork
 from ..core import AESTHETIC_SCORE, StylemuseError
 from ..kernels.rows import LowRank, RowAdapters, RowSlots, Site
-from ..network import TorchNetwork
+from ..loading.assembly import in_torch
 from ..pipeline import Pipeline
 from .training import finite, mask_at_random
 

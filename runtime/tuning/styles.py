@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..adapters import canonical
-from ..folder import write_extra
-from ..pipeline import load
+from ..loading.folder import write_extra
+from ..loading.load import load
 from .looks import HELD_OUT, article
 from .style import Recipe, tune
 from .training import report

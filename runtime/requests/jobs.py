@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from . import arrays
+from ..backend import arrays
+from ..core import Branch, Request
+from ..decoding.canvas import Canvas
+from ..kernels.rows import BASE
+from ..protocols import Array, Backend, Opaque, Styles, StyleVersion
 from .cache import Recent
-from .core import Branch, Request
-from .decoding.loop import Canvas
-from .kernels.rows import BASE
 from .planning import Plan, plan
-from .protocols import Array, Backend, Opaque, Styles, StyleVersion
 
 _TEXTS_KEPT = 256
 _CONTEXT_BYTES = 256 << 20

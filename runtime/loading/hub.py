@@ -10,7 +10,7 @@ import logging
 import re
 from pathlib import Path
 
-from .core import StylemuseError
+from ..core import StylemuseError
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def resolve(name: str, revision: str | None = None, variant: str | None = None) 
     HF_HUB_OFFLINE is set, and it is not in the cache), or when the folder holds no model_index.json.
     """
     if name == EMBEDDED:
-        folder = Path(__file__).parent / "assets" / EMBEDDED
+        folder = Path(__file__).parent.parent / "assets" / EMBEDDED
     elif (given := Path(name).expanduser()).is_dir():
         folder = given
     elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):

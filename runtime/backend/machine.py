@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..core import StylemuseError
+from ..kernels import quantization
+from ..kernels.dispatch import REFERENCE, Kernels, obstacle, triton_kernels
 from . import cpu
-from .core import StylemuseError
-from .kernels import quantization
-from .kernels.dispatch import REFERENCE, Kernels, obstacle, triton_kernels
 
 BACKENDS = ("reference", "triton", "onnx")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .core import MAX_STEPS, Branch, Guidance, Request, Sampling, Sizes, StylemuseError, is_whole
-from .decoding import start
-from .decoding.guidance import CFG, StyleDrop, recommended
-from .decoding.rng import fresh_seed, image_seeds
-from .protocols import Backend, StyleVersion
+from ..core import MAX_STEPS, Branch, Guidance, Request, Sampling, Sizes, StylemuseError, is_whole
+from ..decoding.guidance import CFG, StyleDrop, recommended
+from ..decoding.rng import fresh_seed, image_seeds
+from ..protocols import Backend, StyleVersion
+from . import start
 
 DEFAULT_STEPS = 12
 """Where neither a style nor the model recommends a number."""

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..core import Request, Sampling, StylemuseError
+from ..decoding.rng import key_of
+from ..decoding.schedule import SCHEDULES, Steps
 from ..kernels.philox import philox4x32_words
-from .rng import key_of
-from .schedule import SCHEDULES, Steps
 
 START_STREAM = 3
 """Philox stream of the choice which positions a picture loses at the start."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels.dispatch import Kernels
-from .kernels.rows import BASE, RowAdapters, RowSlots
-from .models.layers import Conditioning
+from ..kernels.dispatch import Kernels
+from ..kernels.rows import BASE, RowAdapters, RowSlots
+from ..models.layers import Conditioning
 from .network import Context, TorchNetwork
 
 

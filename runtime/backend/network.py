@@ -18,21 +18,21 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from .adapters.bank import Bank
-from .captured import Captured, Function, capture
-from .core import AESTHETIC_SCORE, Sizes
-from .decoding.buckets import KEPT
-from .folder import Networks
-from .kernels.dispatch import REFERENCE, STEP, Kernels
-from .kernels.quantization import NAMES
-from .kernels.rows import BASE, RowAdapters, RowSlots
+from ..adapters.bank import Bank
+from ..core import AESTHETIC_SCORE, Sizes
+from ..decoding.buckets import KEPT
+from ..decoding.captured import Captured, Function, capture
+from ..kernels.dispatch import REFERENCE, STEP, Kernels
+from ..kernels.quantization import NAMES
+from ..kernels.rows import BASE, RowAdapters, RowSlots
+from ..models.amused import Amused
+from ..models.conditioning import Layout, SideBySide
+from ..models.layers import Conditioning, Linear
+from ..models.memory import row_bytes
+from ..models.networks import Networks
+from ..models.text import TextOutput
+from ..models.vq import VQ, channels_last
 from .machine import Machine
-from .models.amused import Amused
-from .models.conditioning import Layout, SideBySide
-from .models.layers import Conditioning, Linear
-from .models.memory import row_bytes
-from .models.text import TextOutput
-from .models.vq import VQ, channels_last
 
 _POSITIONS = 64
 """On a CPU, positions are read out in multiples of this, from 512 on in eighths of a power of two. Their number differs

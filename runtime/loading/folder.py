@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ..core import StylemuseError
+from ..models.amused import Amused, AmusedConfig
+from ..models.networks import Networks
+from ..models.text import ClipText, ClipTextConfig
+from ..models.tokenizer import ClipTokenizer
+from ..models.vq import VQ, VQConfig
 from . import weights
-from .core import StylemuseError
-from .models.amused import Amused, AmusedConfig
-from .models.text import ClipText, ClipTextConfig
-from .models.tokenizer import ClipTokenizer
-from .models.vq import VQ, VQConfig
 
 _PARTS = {
     "transformer": ("diffusers", "UVit2DModel"),
@@ -32,17 +33,6 @@ _PARTS = {
     "scheduler": ("diffusers", "AmusedScheduler"),
 }
 EXTRA = "stylemuse.json"
-
-
-@dataclass(frozen=True)
-class Networks:
-    """What a model's folder holds, as fp32 networks on the CPU, ready to run."""
-
-    transformer: Amused
-    vq: VQ
-    text: ClipText
-    tokenizer: ClipTokenizer
-    extra: Mapping[str, Any]
 
 
 def read_model(folder: Path, variant: str | None = None) -> Networks:

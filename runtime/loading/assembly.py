@@ -7,18 +7,19 @@ from functools import partial
 
 import torch
 
+from ..adapters.bank import Bank
+from ..adapters.library import Library
+from ..backend.machine import Machine, choose, choose_kernels, choose_quantization
+from ..backend.network import TorchNetwork
+from ..backend.static import StaticRows
+from ..core import STYLE_NAME, StylemuseError
+from ..decoding.buckets import Buckets
+from ..decoding.canvas import Network, WholeSteps
+from ..kernels.dispatch import REFERENCE, STEP, Kernels
+from ..models.networks import Networks
+from ..pipeline import Pipeline
 from . import hub
-from .adapters.bank import Bank
-from .adapters.library import Library
-from .core import STYLE_NAME, StylemuseError
-from .decoding.buckets import Buckets
-from .decoding.loop import Network, WholeSteps
-from .folder import Networks, read_model, weights_sha256
-from .kernels.dispatch import REFERENCE, STEP, Kernels
-from .machine import Machine, choose, choose_kernels, choose_quantization
-from .network import TorchNetwork
-from .pipeline import Pipeline
-from .static import StaticRows
+from .folder import read_model, weights_sha256
 
 
 class TorchPipeline(Pipeline):
@@ -47,7 +48,7 @@ def load_model(
     slots: int,
     rank: int,
 ) -> TorchPipeline:
-    """A pipeline for a model, with the styles that come with it; see ``pipeline.load``."""
+    """A pipeline for a model, with the styles that come with it; see ``loading.load``."""
     machine = choose(device, dtype)
     kernels, why = choose_kernels(backend, machine.device)
     number = choose_quantization(quantization, kernels, machine.device)

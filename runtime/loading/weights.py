@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .core import StylemuseError
+from ..core import StylemuseError
 
 STEMS = ("diffusion_pytorch_model", "model")
 SUFFIX = ".safetensors"
