@@ -45,7 +45,8 @@ Runs = Mapping[str, Callable[[], Any]]
 
 def rows(pipe: TorchPipeline, style: str, *, batch: int, decoding: int, repeats: int) -> list[dict[str, Any]]:
     """A row for each part with its seconds both ways, and the ratio of a whole batch of one-branch requests."""
-    network, slot = pipe.network, pipe.adapters.bank.slot(style)
+    network, slot = pipe.network, pipe.adapters.version(style).slot
+    assert slot is not None, "a style that was just added is resident"
     masked = round(fmean(amused(_tokens(network), _tokens(network), decoding).masked_after[:-1]))
     parts: dict[str, Runs] = {
         "contexts": _contexts(network, slot, batch),

@@ -72,7 +72,7 @@ def pipeline(
     dtype: str | None = None,
     seed: int = 0,
     slots: int = 64,
-    rank: int = 64,
+    rank: int = 32,
     backend: str = "auto",
     quantization: str | None = None,
 ) -> Pipeline:

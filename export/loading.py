@@ -31,7 +31,7 @@ def load_onnx(
     variant: str | None = None,
     revision: str | None = None,
     slots: int = 64,
-    rank: int = 64,
+    rank: int = 32,
     threads: int | None = None,
 ) -> Pipeline:
     """A pipeline over ONNX graphs; see ``loading.load``. A model is exported first, into a temporary folder.
@@ -54,7 +54,7 @@ def load_onnx(
     sites = reference.transformer.config.sites()
 
     def style(slot: int) -> tuple[object, str, Callable[[], Mapping[str, Array]]]:
-        adapter = library.bank.resident(slot)
+        adapter = library.bank.adapter(slot)
         return adapter, adapter.name, lambda: pack(adapter, sites)
 
     # Where ONNX Runtime maps the weights, so it stays as long as the network does.

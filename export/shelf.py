@@ -26,14 +26,19 @@ class Shelf:
         self.rank = max((style.rank for style in self._styles), default=0)
 
     @property
-    def resident(self) -> int:
-        """How many have a slot: all."""
-        return len(self._styles)
+    def resident(self) -> tuple[str, ...]:
+        """The names that have a slot: all."""
+        return self.names
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names a request may use, sorted."""
         return tuple(sorted(self._slots))
+
+    @property
+    def reserved(self) -> int:
+        """0: what ONNX Runtime takes is its own affair."""
+        return 0
 
     def __contains__(self, name: object) -> bool:
         return name in self._slots

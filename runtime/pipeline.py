@@ -73,7 +73,8 @@ class Pipeline:
             "device": f"{network.device}: {self._why['device']}",
             "dtype": f"{str(network.dtype).removeprefix('torch.')}: {self._why['dtype']}",
             **network.explain(),
-            "adapters": f"{len(styles)} in {styles.slots} slots, rank up to {styles.rank}",
+            "adapters": f"{len(styles)} in {styles.slots} slots, rank up to {styles.rank}, "
+            f"{styles.reserved / 1e6:.0f} MB",
         }
 
     @overload

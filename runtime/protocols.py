@@ -90,8 +90,12 @@ class Styles(Protocol):
         """The largest that a style may have."""
 
     @property
-    def resident(self) -> int:
-        """How many of the names have a slot now."""
+    def reserved(self) -> int:
+        """Bytes that the slots take, as far as that is known."""
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """The names that have a slot now, sorted."""
 
     def __contains__(self, name: object) -> bool: ...
 

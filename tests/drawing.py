@@ -53,6 +53,6 @@ def watch(monkeypatch: pytest.MonkeyPatch, owner: object, method: str) -> list[i
 def bucketed(pipe: Pipeline) -> Pipeline:
     """The pipeline, decoding in buckets from here on whatever its kernels are: what backend triton does."""
     rows = partial(StaticRows, pipe.network)
-    pipe._make_buckets = lambda most: Buckets(rows, pipe.network.device, rows=most)
-    pipe._buckets = pipe._make_buckets(None)
+    pipe._make_decoder = lambda most: Buckets(rows, pipe.network.device, rows=most)
+    pipe._decoder = pipe._make_decoder(None)
     return pipe

@@ -58,5 +58,6 @@ def settled(engine: Engine, condition: Callable[[], bool]) -> None:
 
 def idle(engine: Engine, pipe: Pipeline) -> None:
     """Nothing is held any more."""
-    settled(engine, lambda: not engine._works and not engine._done and not any(pipe.adapters.bank._users))
+    held = pipe.adapters._held
+    settled(engine, lambda: not (engine._works or engine._done or any(version.users for version in held.values())))
     assert all(not version.pins for version in pipe.adapters._versions.values())

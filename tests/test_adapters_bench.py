@@ -36,11 +36,11 @@ def test_a_swap_changes_the_pictures(where: str) -> None:
     pipe = networks.pipeline("demo", dtype="float32", slots=3, rank=16)
     name = networks.style_name(0)
     pipe.adapters.add(name, networks.random_adapter(pipe, name))
-    slot = pipe.adapters.bank.slot(name)
+    slot = pipe.adapters.version(name).slot
     with adapters._changes(pipe) as changes:
         changes[where]()
         one = pipe.adapters[name]
-        assert pipe.adapters.bank.slot(name) != slot
+        assert pipe.adapters.version(name).slot != slot
         changes[where]()
         two = pipe.adapters[name]
         changes[where]()

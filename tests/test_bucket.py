@@ -193,9 +193,9 @@ def test_few_sizes_of_steps(rows: int, computed: int) -> None:
 
 def seated(pipe: Pipeline, styles: list[str | None]) -> list[Canvas]:
     """A picture in each style, guided, of two steps."""
-    network, bank = pipe.network, pipe.adapters.bank
+    network = pipe.network
     text, steps = network.text("a fox"), amused(16, 16, 2)
-    slots = [BASE if style is None else bank.slot(style) for style in styles]
+    slots = [BASE if style is None else pipe.adapters.version(style).slot for style in styles]
     contexts = [(network.context(text, (4, 4), slot), network.context(text, (4, 4))) for slot in slots]
     weights = ((2.0, 2.0), (-1.0, -1.0))
     made = [

@@ -49,9 +49,9 @@ def plain(tiny_model: Path) -> Pipeline:
 def test_backend_triton_decodes_in_buckets(tiny_model: Path, plain: Pipeline) -> None:
     """And no other: where launches are calls, the plain loop computes less."""
     triton = load(tiny_model, backend="triton", device="cpu")
-    assert isinstance(triton._buckets, Buckets)
+    assert isinstance(triton._decoder, Buckets)
     assert isinstance(triton.decoder(), Buckets)
-    assert triton.decoder() is not triton._buckets, "everyone has their own"
+    assert triton.decoder() is not triton._decoder, "everyone has their own"
     assert plain.decoder() is plain.network
 
 
@@ -89,7 +89,7 @@ def test_styles_swapped_between_runs(pipe: Pipeline, plain: Pipeline) -> None:
     """A to B to A in the same bucket: nothing of a style stays behind."""
     config, request = pipe.network.transformer.config, REQUESTS[1]
     (first,) = pipe.run([request])
-    (bucket,) = pipe._buckets._buckets.values()
+    (bucket,) = pipe._decoder._buckets.values()
     other = random_style(config, "ink", seed=9)
     for each in (pipe, plain):
         each.adapters.add("ink", other, swap=True)
@@ -98,7 +98,7 @@ def test_styles_swapped_between_runs(pipe: Pipeline, plain: Pipeline) -> None:
     assert not np.array_equal(first.tokens, second.tokens)
     pipe.adapters.add("ink", random_style(config, "ink", seed=1), swap=True)
     assert np.array_equal(pipe.run([request])[0].tokens, first.tokens)
-    assert list(pipe._buckets._buckets.values()) == [bucket]
+    assert list(pipe._decoder._buckets.values()) == [bucket]
 
 
 def test_a_run_that_is_broken_off_leaves_nothing(pipe: Pipeline, plain: Pipeline) -> None:
@@ -111,7 +111,7 @@ def test_a_run_that_is_broken_off_leaves_nothing(pipe: Pipeline, plain: Pipeline
     with pytest.raises(StopError):
         pipe.run(REQUESTS[:3], on_step=stop)
     assert np.array_equal(pipe.run(REQUESTS[:1])[0].tokens, plain.run(REQUESTS[:1])[0].tokens)
-    (bucket,) = pipe._buckets._buckets.values()
+    (bucket,) = pipe._decoder._buckets.values()
     assert not bucket._seats
 
 

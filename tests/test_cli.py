@@ -83,7 +83,7 @@ def test_every_command_has_json_and_says_what_each_option_is() -> None:
         ("tune note.txt --prompt cat --out ink", "not a picture; allowed: PNG, JPEG"),
         ("tune note.txt --out ink", "Missing option '--prompt'"),
         ("tune note.txt --prompt cat --out new/^", "letters, digits"),
-        ("tune note.txt --prompt cat --out ink --rank 65", "1 to 64"),
+        ("tune note.txt --prompt cat --out ink --rank 33", "1 to 32"),
         ("adapters inspect nothing", "nothing is not there"),
         ("adapters verify nothing", "adapter.json is missing"),
         ("adapters export nothing --format peft --out new", "adapter.json is missing"),

@@ -123,7 +123,8 @@ def test_no_step_waits_for_a_style_that_is_read(
     look = random_style(pipe.network.transformer.config, "look", seed=3)
     pipe.adapters.add("look", canonical.save(look, tmp_path / "look"))
     version = pipe.adapters.version("look")
-    pipe.adapters.bank.remove("look")
+    with pipe.adapters._lock:
+        pipe.adapters._evict(version)
     reading, go_on, read = threading.Event(), threading.Event(), version.read
 
     def slow() -> Adapter:

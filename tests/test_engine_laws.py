@@ -22,7 +22,8 @@ from stylemuse import Engine, Pipeline, Request, Result, Sampling
 from stylemuse.decoding.canvas import Canvas
 from stylemuse.decoding.loop import advance
 from stylemuse.decoding.schedule import amused
-from stylemuse.engine.budget import NOISE_BYTES, row_bytes, rows_within
+from stylemuse.engine.batcher import AHEAD
+from stylemuse.engine.budget import NOISE_BYTES, rows_within
 
 SOON = 120.0
 STYLES = (None, "ink", "neon", {"ink": 0.5, "neon": 0.5})
@@ -153,7 +154,7 @@ def test_a_memory_budget_holds(dtype: str) -> None:
     """What a step of the embedded model takes is within what its rows are counted with, and not far from it."""
     pipe = stylemuse.load("demo", dtype=dtype)
     network, config = pipe.network, pipe.network.transformer.config
-    each = row_bytes(config, network.text_encoder.config.max_position_embeddings, network.dtype)
+    each = network.row_bytes(AHEAD)
     rows = 12
     with torch.no_grad():
         contexts = [network.context(network.text(f"a fox {index}"), (16, 16)) for index in range(rows)]

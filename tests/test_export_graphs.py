@@ -17,6 +17,7 @@ from stylemuse.export import check, convert, files, fuse
 from stylemuse.export.folder import write
 from stylemuse.export.graph import Graph
 from stylemuse.export.spec import GraphSpec
+from stylemuse.loading.assembly import TorchPipeline
 
 PROMPTS = ("a fox in the red castle", "", "an owl")
 
@@ -131,7 +132,9 @@ def test_weights_do_not_grow_with_the_steps(pipe: sm.Pipeline, tmp_path: Path) -
     """Nor does a rewrite leave one that no node reads."""
     sizes = []
     for steps in (3, 30):
-        longer = sm.Pipeline(pipe.name, pipe.network, pipe.adapters, {"defaults": {"steps": steps}}, pipe._why)
+        longer = TorchPipeline(
+            pipe.name, pipe.network, pipe.adapters, {"defaults": {"steps": steps}}, pipe._why, pipe.decoder
+        )
         (made := tmp_path / str(steps)).mkdir()
         write(longer, pipe.network, made, "bank", [])
         sizes.append({path.name: path.stat().st_size for path in sorted(made.glob("*.onnx"))})

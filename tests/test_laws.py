@@ -135,7 +135,7 @@ def test_threads_do_not_matter(pipe: Pipeline) -> None:
 @pytest.mark.parametrize("count", [2, 3, 7, 11])
 def test_contexts_do_not_notice_what_is_made_beside_them(tiny_model: Path, count: int, dtype: str) -> None:
     pipe = load(tiny_model, dtype=dtype)
-    network, slots = pipe.network, [BASE, *(pipe.adapters.bank.slot(name) for name in pipe.adapters.names)]
+    network, slots = pipe.network, [BASE, *(pipe.adapters.version(name).slot for name in pipe.adapters.names)]
     rows = [
         (network.text(f"a fox {index}"), ((8, 8), (4, 8))[index % 2], slots[index % len(slots)], 0.5 + index % 3)
         for index in range(count)
@@ -150,7 +150,7 @@ def test_contexts_do_not_notice_what_is_made_beside_them(tiny_model: Path, count
 
 def features(pipe: Pipeline, *styles: str | None) -> torch.Tensor:
     """What a step computes for rows of these styles before anything is drawn, (R, N, C)."""
-    network, slots = pipe.network, [BASE if style is None else pipe.adapters.bank.slot(style) for style in styles]
+    network, slots = pipe.network, [BASE if style is None else pipe.adapters.version(style).slot for style in styles]
     contexts = network.contexts([(network.text("a fox"), (8, 8), slot, 1.0) for slot in slots])
     return network.features(torch.arange(64).repeat(len(slots), 1), contexts)
 
@@ -225,7 +225,7 @@ def test_a_removed_style_lasts_until_its_requests_are_done(tiny_model: Path) -> 
     with pytest.raises(StylemuseError, match=r"^adapter 'ink' is unknown; allowed are late, neon$"):
         draw(pipe, style="ink")
     freed = pipe.adapters.add("next", random_style(pipe.network.transformer.config, "next"))
-    assert pipe.adapters.bank.resident(0) is freed
+    assert pipe.adapters.bank.adapter(0) is freed
     assert addresses(pipe) == before
 
 
@@ -274,7 +274,7 @@ def test_a_request_that_fails_gives_its_slots_back(tiny_model: Path) -> None:
         draw(pipe, style="ink", on_step=interrupt)
     pipe.adapters.remove("ink")
     freed = pipe.adapters.add("next", random_style(pipe.network.transformer.config, "next"))
-    assert pipe.adapters.bank.resident(0) is freed
+    assert pipe.adapters.bank.adapter(0) is freed
 
 
 # 7. No process-wide state: two pipelines live in one process, and nothing of the process is changed.

@@ -15,6 +15,7 @@ from stylemuse import CFG, Engine, Pipeline, Request, Sampling, Style, Stylemuse
 from stylemuse.adapters import canonical
 from stylemuse.adapters.bank import SlotsInUse
 from stylemuse.adapters.versions import Version
+from stylemuse.kernels.rows import LowRank
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_many_more_styles_than_slots_draw_what_they_would_alone(
         pipe.adapters.add(name, path)
         roomy.adapters.add(name, path)
     assert len(pipe.adapters) == 8
-    assert len(pipe.adapters.bank.names) == 2
+    assert len(pipe.adapters.resident) == 2
     for name in [*names, "ink", *names[::-1], "neon"]:
         assert np.array_equal(draw(pipe, style=name), draw(roomy, style=name)), name
 
@@ -45,10 +46,10 @@ def test_the_one_used_longest_ago_leaves(pipe: Pipeline, tmp_path: Path) -> None
     draw(pipe, style="neon")
     draw(pipe, style="ink")
     pipe.adapters.add("late", save_style(pipe, tmp_path, "late", 5))
-    assert pipe.adapters.bank.names == ("ink", "late")
+    assert pipe.adapters.resident == ("ink", "late")
     draw(pipe, style="ink")
     draw(pipe, style="neon")
-    assert pipe.adapters.bank.names == ("ink", "neon")
+    assert pipe.adapters.resident == ("ink", "neon")
     assert pipe.adapters.names == ("ink", "late", "neon")
 
 
@@ -57,7 +58,7 @@ def test_an_adapter_given_as_such_comes_back_too(pipe: Pipeline) -> None:
     pipe.adapters.add("look", look)
     expected = draw(pipe, style="look")
     draw(pipe, style={"ink": 0.5, "neon": 0.5}, guidance=CFG(3.0))
-    assert "look" not in pipe.adapters.bank.names
+    assert "look" not in pipe.adapters.resident
     assert np.array_equal(draw(pipe, style="look"), expected)
     assert pipe.adapters["look"].sha256 == look.sha256
 
@@ -67,20 +68,20 @@ def test_slots_that_requests_use_are_not_taken(pipe: Pipeline, tmp_path: Path) -
     versions = [library.pin(name) for name in ("ink", "neon")]
     slots = [library.acquire(version) for version in versions]
     library.add("late", save_style(pipe, tmp_path, "late", 5))
-    assert library.bank.names == ("ink", "neon")
+    assert library.resident == ("ink", "neon")
     late = library.pin("late")
     with pytest.raises(SlotsInUse, match=r"^requests use all 2 slots; style 'late' needs one$"):
         library.acquire(late)
     library.release(slots[0])
     assert library.acquire(late) == slots[0]
-    assert library.bank.names == ("late", "neon")
+    assert library.resident == ("late", "neon")
 
 
 def test_a_blend_of_more_styles_than_slots_is_refused(tiny_model: Path) -> None:
     pipe = load(tiny_model, slots=1)
     with pytest.raises(StylemuseError, match=r"^requests use all 1 slots; style 'neon' needs one$"):
         draw(pipe, style={"ink": Style(0.5), "neon": Style(0.5)})
-    assert pipe.adapters.bank.room()
+    assert not any(held.users for held in pipe.adapters._held.values())
 
 
 def test_a_pinned_version_without_a_slot_survives_a_swap_and_a_removal(pipe: Pipeline, tmp_path: Path) -> None:
@@ -91,11 +92,11 @@ def test_a_pinned_version_without_a_slot_survives_a_swap_and_a_removal(pipe: Pip
     library.add("look", save_style(pipe, tmp_path / "other", "look", 6), swap=True)
     library.remove("look")
     slot = library.acquire(first)
-    assert library.bank.resident(slot).sha256 == first.sha256
-    assert "look" not in library.bank.names
+    assert library.bank.adapter(slot).sha256 == first.sha256
+    assert "look" not in library.resident
     library.release(slot)
     library.unpin(first)
-    assert library.bank.room()
+    assert not any(held.users for held in library._held.values())
 
 
 def test_a_source_is_free_when_nobody_needs_it(pipe: Pipeline, tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_a_thousand_styles_in_sixty_four_slots(tiny_model: Path) -> None:
     config = pipe.network.transformer.config
     for index in range(1000):
         pipe.adapters.add(f"s{index}", random_style(config, f"s{index}", seed=index))
-    assert (len(pipe.adapters), len(pipe.adapters.bank.names)) == (1002, 64)
+    assert (len(pipe.adapters), len(pipe.adapters.resident)) == (1002, 64)
     chosen = [int(index) for index in np.random.default_rng(0).integers(0, 1000, 200)]
     requests = [Request("a fox", style=f"s{index}", seed=index, sampling=Sampling(2)) for index in chosen]
     with Engine(pipe) as engine:
@@ -155,7 +156,7 @@ def test_a_thousand_styles_in_sixty_four_slots(tiny_model: Path) -> None:
     for index, request, result in list(zip(chosen, requests, results, strict=True))[::10]:
         alone.adapters.add(f"s{index}", random_style(config, f"s{index}", seed=index), swap=True)
         assert np.array_equal(alone.run([request])[0].tokens, result.tokens)
-    assert len(pipe.adapters.bank.names) == 64
+    assert len(pipe.adapters.resident) == 64
 
 
 def test_threads_share_few_slots(pipe: Pipeline, tmp_path: Path) -> None:
@@ -170,7 +171,7 @@ def test_threads_share_few_slots(pipe: Pipeline, tmp_path: Path) -> None:
             version = library.pin(str(name))
             try:
                 slot = library.acquire(version)
-                if library.bank.resident(slot).sha256 != version.sha256:
+                if library.bank.adapter(slot).sha256 != version.sha256:
                     wrong.append(str(name))
                 library.release(slot)
             except SlotsInUse:
@@ -184,4 +185,38 @@ def test_threads_share_few_slots(pipe: Pipeline, tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert library.bank._users == [0, 0]
+    assert not any(held.users for held in library._held.values())
+
+
+def test_a_swap_takes_its_own_slot_and_no_other_styles(pipe: Pipeline) -> None:
+    """With all slots taken and none in use, the version that is replaced makes room."""
+    library, config = pipe.adapters, pipe.network.transformer.config
+    library.add("neon", random_style(config, "neon", seed=99), swap=True)
+    assert library.resident == library.names
+    library.add("ink", random_style(config, "ink", seed=98), swap=True)
+    assert library.resident == library.names
+
+
+def test_threads_add_and_remove(tiny_model: Path) -> None:
+    library = load(tiny_model, slots=8).adapters
+    config = load(tiny_model).network.transformer.config
+    looks = {name: random_style(config, name, seed=index) for index, name in enumerate("abcd")}
+
+    def work(name: str) -> None:
+        for _ in range(20):
+            library.add(name, looks[name])
+            version = library.pin(name)
+            slot = library.acquire(version)
+            library.remove(name)
+            assert library.bank.adapter(slot).sha256 == looks[name].sha256
+            library.release(slot)
+            library.unpin(version)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in looks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert library.names == ("ink", "neon")
+    assert len(library._unused) == 6
+    assert all(stack.ranks.count_nonzero() <= 2 for stack in library.bank.sites.values() if isinstance(stack, LowRank))

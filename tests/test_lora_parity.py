@@ -176,7 +176,7 @@ def test_swapping_is_exact(tmp_path: Path) -> None:
     rows = RowAdapters(RowSlots(torch.tensor([0, -1]), torch.ones(2)), bank.sites)
     seen = []
     for adapter in (a, b, a):
-        bank.put(0, adapter)
+        bank.write(0, adapter)
         seen.append(logits(ours, 2, rows))
     assert torch.equal(seen[0], seen[2])
     assert not torch.equal(seen[0][0], seen[1][0])

@@ -57,7 +57,7 @@ def test_tokens_are_the_references(pipes: tuple[Pipeline, Pipeline]) -> None:
 
 def features(pipe: Pipeline, *styles: str | None) -> torch.Tensor:
     """What a step computes for rows of these styles before anything is drawn, (R, N, C), on a grid of 4 x 2."""
-    network, slots = pipe.network, [BASE if style is None else pipe.adapters.bank.slot(style) for style in styles]
+    network, slots = pipe.network, [BASE if style is None else pipe.adapters.version(style).slot for style in styles]
     text = network.text("a fox")
     contexts = network.contexts([(text, (4, 2), slot, 1.0) for slot in slots])
     return network.features(torch.arange(8, device=DEVICE).repeat(len(slots), 1), contexts)

@@ -125,7 +125,7 @@ def test_a_style_is_learnt_from_one_picture(tiny_model: Path) -> None:
 def test_the_picture_is_shown_as_it_is_and_mirrored(tiny_model: Path) -> None:
     pipe = sm.load(str(tiny_model), dtype="float32")
     picture = Image.linear_gradient("L").rotate(90).resize((40, 40)).convert("RGB")
-    one, two = _views(pipe, picture)
+    one, two = _views(pipe.network, picture)
     assert torch.equal(one, pipe.network.codes(picture, (8, 8)))
     mirrored = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     assert torch.equal(two, pipe.network.codes(mirrored, (8, 8)))

@@ -8,6 +8,7 @@ the one used longest ago that no request uses.
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -33,6 +34,8 @@ class Library:
         """``fingerprint`` hashes the model's weights; it is called when the first adapter that names a hash comes."""
         self.bank, self._sites, self._base_model, self._fingerprint = bank, sites, base_model, fingerprint
         self._versions: dict[str, Version] = {}
+        self._unused = set(range(bank.slots))
+        self._held: OrderedDict[int, Version] = OrderedDict()  # by slot, the one used longest ago first
         self._lock, self._reading = threading.RLock(), threading.Lock()
 
     @property
@@ -52,9 +55,15 @@ class Library:
         return self.bank.rank
 
     @property
-    def resident(self) -> int:
-        """How many of the names have a slot now."""
-        return len(self.bank.names)
+    def resident(self) -> tuple[str, ...]:
+        """The names that have a slot now, sorted."""
+        with self._lock:
+            return tuple(sorted(name for name, version in self._versions.items() if version.slot is not None))
+
+    @property
+    def reserved(self) -> int:
+        """Bytes that the slots take."""
+        return self.bank.reserved
 
     def __contains__(self, name: object) -> bool:
         return name in self._versions
@@ -66,9 +75,11 @@ class Library:
         return len(self._versions)
 
     def __getitem__(self, name: str) -> Adapter:
-        version = self.version(name)
-        found = version.resident
-        return found[1] if found is not None else version.read()
+        with self._lock:
+            version = self.version(name)
+            if version.slot is not None:
+                return self.bank.adapter(version.slot)
+        return version.read()
 
     def version(self, name: str) -> Version:
         """What a name stands for now."""
@@ -143,29 +154,25 @@ class Library:
             def again() -> Adapter:
                 return self.read(name, path, alpha=alpha, recipe=recipe)
 
-        if adapter.base_sha256 is not None:
-            self.base_sha256()
+        self.check(adapter)
         version = Version(adapter, again, on_free, folder)
         with self._lock:
             if name in self._versions and not swap:
                 raise StylemuseError(f"adapter {name!r} exists already; remove it first or replace it")
-            try:
-                version.settle(self.bank.add(adapter, replace=True, evict=True), adapter)
-            except SlotsInUse:  # it fits and has no slot until a request needs it
-                if name in self.bank.names:
-                    self.bank.remove(name)
-            self._retire(self._versions.get(name))
+            old = self._versions.get(name)
+            slot = self._free_slot(old)
+            if slot is not None:  # else it has none until a request needs it
+                self._put(slot, version, adapter)
             self._versions[name] = version
+            if old is not None:
+                self._retire(old)
         return adapter
 
     def remove(self, name: str) -> None:
         """Forget a style; running requests finish with it."""
         with self._lock:
-            version = self.version(name)
-            if name in self.bank.names:
-                self.bank.remove(name)
-            del self._versions[name]
-            self._retire(version)
+            self.version(name)
+            self._retire(self._versions.pop(name))
 
     def pin(self, name: str) -> Version:
         """What the name stands for now, kept for the caller until `unpin`; it need not have a slot."""
@@ -184,7 +191,7 @@ class Library:
 
     def is_resident(self, version: Version) -> bool:
         """Whether `acquire` would have nothing to read now, as far as can be told before."""
-        return version.resident is not None
+        return version.slot is not None
 
     def acquire(self, version: Version) -> int:
         """A pinned version's slot, kept for the caller until `release`; read into one if it has none.
@@ -193,38 +200,69 @@ class Library:
             SlotsInUse: requests use all slots; a later try may succeed.
             StylemuseError: its file is gone or changed.
         """
-        slot = self._hold(version)
+        slot = self._use(version)
         if slot is not None:
             return slot
         with self._reading:
-            slot = self._hold(version)  # another may have read it meanwhile
+            slot = self._use(version)  # another may have read it meanwhile
             if slot is not None:
                 return slot
-            if not self.bank.room():
-                raise SlotsInUse(f"requests use all {self.bank.slots} slots; style {version.name!r} needs one")
-            return self._place(version, version.read())
+            full = SlotsInUse(f"requests use all {self.bank.slots} slots; style {version.name!r} needs one")
+            if not self._unused and all(held.users for held in list(self._held.values())):
+                raise full  # before its file is read
+            adapter = version.read()
+            with self._lock:
+                slot = self._free_slot()
+                if slot is None:
+                    raise full
+                self._put(slot, version, adapter)
+                version.users += 1
+                return slot
 
     def release(self, slot: int) -> None:
         """Give back what `acquire` returned."""
-        self.bank.release(slot)
-
-    def _hold(self, version: Version) -> int | None:
-        found = version.resident
-        return found[0] if found is not None and self.bank.hold(*found) else None
-
-    def _place(self, version: Version, adapter: Adapter) -> int:
         with self._lock:
-            slot = self.bank.lend(adapter)
-            if self._versions.get(version.name) is version:
-                self.bank.name(slot)
-            version.settle(slot, adapter)
-            return slot
+            version = self._held[slot]
+            assert version.users > 0, f"slot {slot} was not acquired"
+            version.users -= 1
+            if version.retired and not version.users:
+                self._evict(version)
 
-    def _retire(self, version: Version | None) -> None:
-        if version is not None:
-            version.retired = True
-            if not version.pins:
-                self._free(version)
+    def _use(self, version: Version) -> int | None:
+        with self._lock:
+            if version.slot is not None:
+                version.users += 1
+                self._held.move_to_end(version.slot)
+            return version.slot
+
+    def _put(self, slot: int, version: Version, adapter: Adapter) -> None:
+        self.bank.write(slot, adapter)
+        self._unused.discard(slot)
+        self._held[slot], version.slot = version, slot
+
+    def _free_slot(self, first: Version | None = None) -> int | None:
+        """An empty slot; else that of ``first``, or of the version used longest ago, of those that no request uses."""
+        if self._unused:
+            return min(self._unused)
+        candidates = [*([first] if first is not None and first.slot is not None else []), *self._held.values()]
+        idle = next((version for version in candidates if not version.users), None)
+        return None if idle is None else self._evict(idle)
+
+    def _evict(self, version: Version) -> int:
+        """Its slot, which is empty now."""
+        slot, version.slot = version.slot, None
+        assert slot is not None
+        self.bank.clear(slot)
+        del self._held[slot]
+        self._unused.add(slot)
+        return slot
+
+    def _retire(self, version: Version) -> None:
+        version.retired = True
+        if version.slot is not None and not version.users:
+            self._evict(version)
+        if not version.pins:
+            self._free(version)
 
     def _free(self, version: Version) -> None:
         version.free()

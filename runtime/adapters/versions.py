@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,10 @@ class Version:
 
     Facts (name, kind, descriptor, scale, recommended, ...) are those of the `Adapter`. Its tensors are in a slot of the
     bank while they are needed, and otherwise where they came from.
+
+    Attributes, which are the library's own:
+        slot: where its tensors are in the bank, if they are. pins: requests that chose it. users: those that hold its
+        slot. retired: its name stands for another, or for nothing.
     """
 
     def __init__(
@@ -44,10 +47,11 @@ class Version:
         self._source, self._on_free = source, on_free
         reference = None if folder is None else folder / "reference.png"
         self._picture = reference if reference is not None and reference.is_file() else None
-        self._resident: tuple[int, weakref.ref[Adapter]] | None = None
         if source is not None:
             vars(self)["sha256"] = adapter.sha256  # what is read again must be this
-        self.pins, self.retired = 0, False
+        self.slot: int | None = None
+        self.pins = self.users = 0
+        self.retired = False
 
     @cached_property
     def sha256(self) -> str:
@@ -78,17 +82,6 @@ class Version:
             return None
         data = read_bytes(self._picture, MAX_PICTURE_BYTES)
         return data if data.startswith(b"\x89PNG\r\n\x1a\n") else None
-
-    def settle(self, slot: int, adapter: Adapter) -> None:
-        """Its tensors are in that slot now."""
-        self._resident = (slot, weakref.ref(adapter))
-
-    @property
-    def resident(self) -> tuple[int, Adapter] | None:
-        """The slot its tensors were last put into, and what was put, if that still exists; the bank knows."""
-        slot, reference = self._resident or (-1, lambda: None)
-        adapter = reference()
-        return None if adapter is None else (slot, adapter)
 
     def free(self) -> None:
         """Called once, when its name stands for another and no request keeps it."""

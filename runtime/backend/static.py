@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..adapters.bank import kind_of
 from ..kernels.dispatch import Kernels
 from ..kernels.rows import BASE, RowAdapters, RowSlots
 from ..models.layers import Conditioning
@@ -59,7 +60,7 @@ class StaticRows:
         self._packed[row] = context.packed[0]
         self._slots[row], self._scales[row] = context.slot, context.scale
         if context.slot != BASE:
-            self._kinds[row] = frozenset(_kind(name) for name in self._network.bank.touched([context.slot]))
+            self._kinds[row] = frozenset(kind_of(name) for name in self._network.bank.touched([context.slot]))
 
     def vacate(self, row: int) -> None:
         """Base from here on, so that nobody computes an adapter for nothing."""
@@ -70,13 +71,8 @@ class StaticRows:
         """(r, N) tokens of the first rows -> (r, N, D)."""
         transformer, rows, adapters = self._network.transformer, len(inputs), None
         if kinds := self.variant:
-            sites = {name: site for name, site in self._network.bank.sites.items() if _kind(name) in kinds}
+            sites = {name: site for name, site in self._network.bank.sites.items() if kind_of(name) in kinds}
             # Made anew each time: the reference groups rows by the slots it finds.
             adapters = RowAdapters(RowSlots(self._slots[:rows], self._scales[:rows]), sites)
         conditioning = {name: value[:rows] for name, value in self._conditioning.items()}
         return transformer.hidden(transformer.features(inputs.view(-1, *self._grid), conditioning, adapters))
-
-
-def _kind(site: str) -> str:
-    """Of a place in the bank, the last part of its name: the layers have it in common."""
-    return site.rpartition(".")[2]

@@ -48,7 +48,7 @@ def serve(
     ] = None,
     max_requests: Annotated[int, typer.Option("--max-requests", min=1, help="Accepted at once; more get 429.")] = 256,
     slots: Annotated[int, typer.Option("--slots", min=1, help="Styles that are resident at once.")] = 64,
-    rank: Annotated[int, typer.Option("--rank", min=1, help="Largest rank of a style.")] = 64,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Largest rank of a style.")] = 32,
     drain: Annotated[float, typer.Option("--drain", min=0, help="Seconds to finish after SIGTERM.")] = 60.0,
     model: options.Model = "demo",
     backend: options.Backend = "auto",

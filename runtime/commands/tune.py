@@ -16,7 +16,7 @@ from .output import check_new_folder, document, progress, say, write_file
 if TYPE_CHECKING:
     from ..tuning.style import Recipe
 
-MAX_RANK = 64
+MAX_RANK = 32
 """What a pipeline makes room for unless it is asked for more."""
 
 
@@ -30,7 +30,7 @@ def tune(
     descriptor: Annotated[
         str | None, typer.Option("--descriptor", help="Words added to prompts; STYLE of --prompt if left out.")
     ] = None,
-    rank: Annotated[int | None, typer.Option("--rank", help="Of the LoRA, 1 to 64.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Of the LoRA, 1 to 32.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Training steps.")] = None,
     rate: Annotated[float | None, typer.Option("--rate", help="Learning rate.")] = None,
     batch: Annotated[int | None, typer.Option("--batch", help="Maskings of the picture per step.")] = None,

@@ -75,7 +75,7 @@ def assemble(
     *,
     why: str = "asked for",
     slots: int = 64,
-    rank: int = 64,
+    rank: int = 32,
     quantization: torch.dtype | None = None,
 ) -> TorchPipeline:
     """A pipeline, without styles, of networks that are there already; ``fingerprint`` hashes the transformer."""

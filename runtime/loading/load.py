@@ -18,7 +18,7 @@ def load(
     variant: str | None = None,
     revision: str | None = None,
     slots: int = 64,
-    rank: int = 64,
+    rank: int = 32,
 ) -> Pipeline:
     """A pipeline for a model, with the styles that come with it.
 

@@ -73,7 +73,7 @@ class _State(Collector):
             "stylemuse_requests_waiting": ("Of them not prepared yet", stats.waiting),
             "stylemuse_pictures_running": ("Pictures in the forward passes", stats.pictures),
             "stylemuse_adapters_registered": ("Styles by name", len(library)),
-            "stylemuse_adapters_resident": ("Of them in a slot", library.resident),
+            "stylemuse_adapters_resident": ("Of them in a slot", len(library.resident)),
         }
         for name, (what, value) in gauges.items():
             yield GaugeMetricFamily(name, what, value)
