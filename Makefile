@@ -4,7 +4,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 # A strict editable install links every file, which mypy needs; a file that comes or goes makes it anew.
 FOLDERS := $(shell find runtime kernels export bench -type d -not -name __pycache__ -not -path "*/node_modules*")
 
-.PHONY: demo test clean
+.PHONY: demo test quick clean
 
 demo: .venv/user  ## draw every style into out/demo.png
 	$(BIN)/stylemuse demo --out out/demo.png
@@ -13,7 +13,14 @@ test: .venv/dev  ## all that CI runs: format, rules, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile  # a process a core, one thread each
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile -rs  # a process a core, one thread each
+
+QUICK := repository public schedule guidance noise philox sampling files formats canonical lora_files bank planning \
+         batcher cache pace hub weights tokenizer machine refusals
+quick: .venv/dev  ## the part of it that takes less than a minute: format, rules, and tests without a network's pass
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto -m "not slow" $(QUICK:%=tests/test_%.py)
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

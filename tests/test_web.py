@@ -116,7 +116,7 @@ def test_int8_is_the_same_in_both_runtimes(tiny_model: Path, tmp_path: Path, run
     pipe = sm.load(str(tiny_model), backend="reference", device="cpu", dtype="float32")
     export(pipe, folder := tmp_path / "int8", precision="int8")
     choice = random.Random(12)
-    pairs = [any_request(choice) for _ in range(40)]
+    pairs = [any_request(choice) for _ in range(24)]
     pairs = [(page, ours) for page, ours in pairs if ours["style"] in (None, "ink", "neon")]
     exported = sm.load(str(folder))
     drawn = ask(folder=str(folder), runtime=runtime, requests=[page for page, _ in pairs])["results"]
