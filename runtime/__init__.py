@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .engine.engine import Engine
     from .engine.errors import CancelledError, ClosedError, DeadlineError, EngineError, FailedError, QueueFullError
     from .engine.ticket import Snapshot, Ticket
-    from .loading.load import load
+    from .entry import load
     from .pipeline import Pipeline, Preview
 
 __version__ = "0.1.0"
@@ -55,7 +55,7 @@ _ROOMS = {
         "QueueFullError",
     ),
     "engine.ticket": ("Snapshot", "Ticket"),
-    "loading.load": ("load",),
+    "entry": ("load",),
     "pipeline": ("Pipeline", "Preview"),
 }
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from command_line import Run
 
-from stylemuse.bench import adapters, measure, networks
+from stylemuse.bench.harness import measure, networks
+from stylemuse.bench.serving import adapters
 
 
 def test_the_document(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,7 @@ import torch
 
 from stylemuse import StylemuseError
 from stylemuse.models.tokenizer import ClipTokenizer, build_word_tokenizer
-from stylemuse.tuning.captions import Captions
-from stylemuse.tuning.looks import (
+from stylemuse.pretraining.attributes import (
     HANDS,
     HELD_OUT,
     HELD_OUT_PAIRS,
@@ -24,7 +23,8 @@ from stylemuse.tuning.looks import (
     random_look,
     vocabulary,
 )
-from stylemuse.tuning.world import World
+from stylemuse.pretraining.captions import Captions
+from stylemuse.pretraining.world import World
 
 LENGTH = 20
 FULL = re.compile(r"(?:an? )?(detailed )?(.+), (\w+)(?: in (\w+))? on (\w+) (?:with (\w+)|(plain))")

@@ -20,8 +20,8 @@ import stylemuse
 from stylemuse.commands import pictures
 from stylemuse.commands.demo import SUBJECTS, sheet
 from stylemuse.core import StylemuseError
-from stylemuse.tuning.looks import SUBJECTS as WORLD
-from stylemuse.tuning.looks import article
+from stylemuse.pretraining.attributes import SUBJECTS as WORLD
+from stylemuse.pretraining.attributes import article
 
 
 def test_generate_writes_what_the_pipeline_draws(run: Run, tiny_model: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from command_line import Run, refused
 
-from stylemuse.bench import compiled
+from stylemuse.bench.step import compiled
 from stylemuse.kernels.tuning import FAMILIES, SHARED_MEMORY, specimens
 
 TOGETHER = (

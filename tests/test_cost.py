@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from stylemuse.bench import cost
+from stylemuse.bench.step import cost
 from stylemuse.models.amused import Amused, AmusedConfig
 
 ODD = AmusedConfig(

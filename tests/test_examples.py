@@ -16,8 +16,8 @@ from javascript import needs_node, packages
 from PIL import Image
 
 import stylemuse as sm
-from stylemuse.export.agreement import feeds
-from stylemuse.export.deploy import export
+from stylemuse.export.graphs.agreement import feeds
+from stylemuse.export.graphs.deploy import export
 
 pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).resolve().parent.parent / "export" / "examples"

@@ -17,9 +17,9 @@ from models import random_style
 
 import stylemuse as sm
 from stylemuse import Request, Sampling
-from stylemuse.export.deploy import export
-from stylemuse.export.manifest import read
-from stylemuse.export.spec import GraphSpec
+from stylemuse.export.graphs.deploy import export
+from stylemuse.export.run.manifest import read
+from stylemuse.export.run.spec import GraphSpec
 
 UNGUIDED = sm.CFG(1.0)
 

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import stylemuse as sm
-from stylemuse.export import manifest
-from stylemuse.export.deploy import export
+from stylemuse.export.graphs.deploy import export
+from stylemuse.export.run import manifest
 
 
 @pytest.fixture(scope="module")

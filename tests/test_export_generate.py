@@ -18,10 +18,11 @@ from test_export_folder import told
 
 import stylemuse as sm
 from stylemuse import Request, Sampling
-from stylemuse.export import convert, files, generate, manifest
-from stylemuse.export.agreement import feeds
-from stylemuse.export.deploy import export
-from stylemuse.export.spec import Array
+from stylemuse.export.graphs import convert, files, generate
+from stylemuse.export.graphs.agreement import feeds
+from stylemuse.export.graphs.deploy import export
+from stylemuse.export.run import manifest
+from stylemuse.export.run.spec import Array
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import stylemuse as sm
-from stylemuse.export import check, convert, files, fuse
-from stylemuse.export.folder import write
-from stylemuse.export.graph import Graph
-from stylemuse.export.spec import GraphSpec
+from stylemuse.export.graphs import check, convert, files, fuse
+from stylemuse.export.graphs.folder import write
+from stylemuse.export.graphs.graph import Graph
+from stylemuse.export.run.spec import GraphSpec
 from stylemuse.loading.assembly import TorchPipeline
 
 PROMPTS = ("a fox in the red castle", "", "an owl")

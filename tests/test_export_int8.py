@@ -16,10 +16,10 @@ from command_line import Run
 
 import stylemuse as sm
 from stylemuse.backend import cpu
-from stylemuse.export import files, quantize
-from stylemuse.export.deploy import export
-from stylemuse.export.graph import MICROSOFT, Graph
-from stylemuse.export.spec import Array, GraphSpec, Tensor
+from stylemuse.export.graphs import files, quantize
+from stylemuse.export.graphs.deploy import export
+from stylemuse.export.graphs.graph import MICROSOFT, Graph
+from stylemuse.export.run.spec import Array, GraphSpec, Tensor
 
 
 def one_product(weight: Array) -> Graph:
@@ -148,7 +148,7 @@ def test_a_folder_whose_weights_have_eight_bits_needs_vnni(
 
 def test_fp32_that_does_not_agree_fails(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = sm.load(str(tiny_model), backend="reference", device="cpu", dtype="float32")
-    monkeypatch.setattr("stylemuse.export.agreement.measure", lambda *_: {"tokens": 0.99})
+    monkeypatch.setattr("stylemuse.export.graphs.agreement.measure", lambda *_: {"tokens": 0.99})
     with pytest.raises(sm.StylemuseError, match=r"agree with the model in 99\.00% of tokens only"):
         export(pipe, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import stylemuse as sm
-from stylemuse.export import ort
+from stylemuse.export.run import ort
 
 CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
 

@@ -6,8 +6,8 @@ import threading
 
 import numpy as np
 
-from stylemuse.export import styles
-from stylemuse.export.spec import Tensor
+from stylemuse.export.run import styles
+from stylemuse.export.run.spec import Tensor
 
 SITES = [f"layer{index}.to_q" for index in range(40)]
 INPUTS = [

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import stylemuse as sm
-from stylemuse.export import manifest, ort, styles
-from stylemuse.export.deploy import export
-from stylemuse.export.shelf import Shelf
-from stylemuse.export.spec import GraphSpec
+from stylemuse.export.graphs.deploy import export
+from stylemuse.export.run import manifest, ort, styles
+from stylemuse.export.run.shelf import Shelf
+from stylemuse.export.run.spec import GraphSpec
 from stylemuse.models.tokenizer import ClipTokenizer
 
 SIZES = {"rows": 2, "pictures": 1, "branches": 2, "height": 4, "width": 4, "text": 16, "slots": 3}

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from command_line import Run, refused
 
-from stylemuse.bench import exports, measure, tables, targets
+from stylemuse.bench.harness import measure, tables, targets
+from stylemuse.bench.peers import exports
 
 ARGUMENTS = ("--model", "tiny", "--steps", 3, "--repeats", 2, "--loads", 1)
 

@@ -14,7 +14,8 @@ from interpreter import DEVICE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from stylemuse.bench import gpu, kernels, measure, report, targets
+from stylemuse.bench.harness import measure, report, targets
+from stylemuse.bench.step import gpu, kernels
 from stylemuse.kernels import tuning
 from stylemuse.kernels.dispatch import REFERENCE, triton_kernels
 

@@ -1,5 +1,5 @@
 """The judge: its parts, its file, its distance, and the flaws it is trained with. How good it is once trained is
-measured by ``stylemuse.tuning.examine``, which takes minutes."""
+measured by ``stylemuse.pretraining.examine``, which takes minutes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from stylemuse import StylemuseError
-from stylemuse.tuning import judge as judging
-from stylemuse.tuning import judge_training
-from stylemuse.tuning.examine import Examination, accuracy, report, separation
-from stylemuse.tuning.flaws import BLOCK, flawed
-from stylemuse.tuning.judge import HEADS, STYLE, Judge, Opinion, labels_of, load_judge, style_distance
-from stylemuse.tuning.judge_training import answers, draw, train_judge
-from stylemuse.tuning.looks import HELD_OUT, Look
-from stylemuse.tuning.world import World
+from stylemuse.pretraining import judge as judging
+from stylemuse.pretraining import judge_training
+from stylemuse.pretraining.attributes import HELD_OUT, Look
+from stylemuse.pretraining.examine import Examination, accuracy, report, separation
+from stylemuse.pretraining.flaws import BLOCK, flawed
+from stylemuse.pretraining.judge import HEADS, STYLE, Judge, Opinion, labels_of, load_judge, style_distance
+from stylemuse.pretraining.judge_training import answers, draw, train_judge
+from stylemuse.pretraining.world import World
 
 
 def noise(rows: int, seed: int = 0) -> Tensor:
@@ -143,7 +143,7 @@ def test_flaws_are_small_seeded_and_leave_some_pictures_alone() -> None:
 
 def test_spoiled_blocks_lie_on_the_grid_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_CLEAN", "_SHIFT", "_ZOOM", "_NOISE", "_TONE"):
-        monkeypatch.setattr(f"stylemuse.tuning.flaws.{name}", 0.0)
+        monkeypatch.setattr(f"stylemuse.pretraining.flaws.{name}", 0.0)
     tones = torch.arange(32.0).view(32, 1, 1, 1) / 64 + torch.zeros(1, 3, 128, 128)
     changed = (flawed(tones, torch.Generator().manual_seed(0)) - tones).abs() > 1e-3
     blocks = changed[:, 0].float().unfold(1, BLOCK, BLOCK).unfold(2, BLOCK, BLOCK).mean(dim=(3, 4))

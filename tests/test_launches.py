@@ -8,7 +8,7 @@ import pytest
 import torch
 from interpreter import DEVICE
 
-from stylemuse.bench import launches
+from stylemuse.bench.step import launches
 from stylemuse.kernels import tuning
 from stylemuse.kernels.dispatch import triton_kernels
 from stylemuse.kernels.response_norm import response_norm

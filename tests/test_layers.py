@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from stylemuse import StylemuseError
-from stylemuse.tuning import layers
-from stylemuse.tuning.lines import trace
+from stylemuse.pretraining import layers
+from stylemuse.pretraining.lines import trace
 
 SIDE = 240
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from stylemuse.bench import measure
+from stylemuse.bench.harness import measure
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from stylemuse.tuning.muon import Muon, orthogonal
+from stylemuse.pretraining.muon import Muon, orthogonal
 
 SHAPES = [(6, 10), (10, 6), (6, 10), (7, 7), (1, 5), (6, 10)]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from peers import TINY
 
-from stylemuse.bench import parity
+from stylemuse.bench.step import parity
 
 TOLERANCE = 1e-5
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 from command_line import Run
 
-from stylemuse.bench import measure, peers, rivals, start
+from stylemuse.bench.harness import measure
+from stylemuse.bench.peers import peers, rivals
+from stylemuse.bench.serving import start
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from scipy.stats import binomtest
 
 from stylemuse import StylemuseError
-from stylemuse.bench import pictures, prompts
-from stylemuse.bench.sheet import Row, contact_sheet
-from stylemuse.tuning.judge import STYLE, Judge
-from stylemuse.tuning.looks import HELD_OUT, HELD_OUT_PAIRS, SUBJECTS, Look, article, vocabulary
-from stylemuse.tuning.world import World
+from stylemuse.bench.pictures import pictures, prompts
+from stylemuse.bench.pictures.sheet import Row, contact_sheet
+from stylemuse.pretraining.attributes import HELD_OUT, HELD_OUT_PAIRS, SUBJECTS, Look, article, vocabulary
+from stylemuse.pretraining.judge import STYLE, Judge
+from stylemuse.pretraining.world import World
 
 REFERENCES = {"neon": "fox", "riso": "cat", "ember": "elephant"}
 

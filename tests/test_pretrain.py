@@ -13,8 +13,9 @@ import torch.nn.functional as F
 import stylemuse as sm
 from stylemuse.models.tokenizer import ClipTokenizer
 from stylemuse.models.vq import VQ
-from stylemuse.tuning import painter, pretrain, pretrain_vq, training
-from stylemuse.tuning.painter import Painter, Step, micro_conditions, read_out
+from stylemuse.pretraining import painter, pretrain, pretrain_vq
+from stylemuse.pretraining.painter import Painter, Step, micro_conditions, read_out
+from stylemuse.tuning import training
 from stylemuse.tuning.training import load_weights, mask_at_random, save_weights, warm_hold_decay
 
 CODES = 64

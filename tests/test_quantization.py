@@ -15,7 +15,7 @@ from interpreter import DEVICE
 import stylemuse
 from stylemuse import Pipeline, Request, Sampling, StyleDrop, StylemuseError
 from stylemuse.backend.machine import choose_quantization
-from stylemuse.export.deploy import export
+from stylemuse.export.graphs.deploy import export
 from stylemuse.kernels import quantization
 from stylemuse.kernels.dispatch import REFERENCE
 from stylemuse.kernels.quantization import FORMATS

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from command_line import Run, refused
 
-from stylemuse.bench import quantization
+from stylemuse.bench.step import quantization
 
 RESULTS = Path(__file__).resolve().parent.parent / "bench/results/quantization.json"
 

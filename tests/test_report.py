@@ -13,7 +13,7 @@ import torch
 from command_line import Run
 
 import stylemuse as sm
-from stylemuse.bench import comparison, measure, plots, report, tables
+from stylemuse.bench.harness import comparison, measure, plots, report, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,7 +11,8 @@ import pytest
 from command_line import Run
 from live_server import ADMIN_TOKEN, serving
 
-from stylemuse.bench import client, load, measure, soak, targets
+from stylemuse.bench.harness import measure, targets
+from stylemuse.bench.serving import client, load, soak
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from PIL import Image
 
 import stylemuse as sm
 from stylemuse import Adapter, StylemuseError
-from stylemuse.export.deploy import export
+from stylemuse.export.graphs.deploy import export
 from stylemuse.models.tokenizer import ClipTokenizer
 from stylemuse.serving.errors import api_error
 from stylemuse.serving.run import Service

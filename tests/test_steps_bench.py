@@ -13,7 +13,8 @@ from peers import TINY
 
 import stylemuse as sm
 from stylemuse.backend.machine import choose
-from stylemuse.bench import measure, networks, steps
+from stylemuse.bench.harness import measure, networks
+from stylemuse.bench.step import steps
 from stylemuse.loading.assembly import assemble
 from stylemuse.models.amused import AmusedConfig
 from stylemuse.models.vq import VQConfig

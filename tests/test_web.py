@@ -18,7 +18,7 @@ from node import ask, needs_node
 import stylemuse as sm
 from stylemuse import Adapter, Sampling
 from stylemuse.decoding.schedule import amused
-from stylemuse.export.deploy import export
+from stylemuse.export.graphs.deploy import export
 from stylemuse.models.tokenizer import ClipTokenizer
 
 pytestmark = needs_node

@@ -11,7 +11,7 @@ import pytest
 from command_line import Run, refused
 from drawing import noise
 
-from stylemuse.export import page
+from stylemuse.export.graphs import page
 
 
 def package(folder: Path, version: str | None = None) -> Path:

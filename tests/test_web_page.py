@@ -17,8 +17,8 @@ from drawing import noise
 from node import PACKAGES, needs_node
 
 import stylemuse as sm
-from stylemuse.export.deploy import export
-from stylemuse.export.page import find_runtime
+from stylemuse.export.graphs.deploy import export
+from stylemuse.export.graphs.page import find_runtime
 
 pytestmark = [pytest.mark.slow, needs_browser, needs_node]
 STATUS = "document.getElementById('status').textContent"

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from stylemuse import StylemuseError
-from stylemuse.tuning import layers
-from stylemuse.tuning.looks import (
+from stylemuse.pretraining import layers
+from stylemuse.pretraining.attributes import (
     COLOURS,
     EXTRAS,
     HANDS,
@@ -26,7 +26,7 @@ from stylemuse.tuning.looks import (
     Look,
     inks_on_papers,
 )
-from stylemuse.tuning.world import SHIFT, SIZES, Pose, Scenes, World
+from stylemuse.pretraining.world import SHIFT, SIZES, Pose, Scenes, World
 
 PLAIN = Look("stencil", "black", "white", "plain")
 LOOKS = [

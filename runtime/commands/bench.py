@@ -14,22 +14,22 @@ from . import options
 from .output import say
 
 MEASUREMENTS = {
-    "step": ("steps", "latency per decoding step and its parts, beside the floor"),
-    "adapters": ("adapters", "what mixing styles in a batch costs, and what changing them costs"),
-    "peers": ("peers", "the same pictures with diffusers, torch.compile, PEFT and ONNX Runtime"),
-    "onnx": ("exports", "exported folders of every form and precision: size, load, agreement, steps"),
-    "kernels": ("kernels", "each operation as a Triton kernel, in torch, compiled, and the roof"),
-    "compiled": ("compiled", "what the Triton kernels take of each chip, compiled without a GPU"),
-    "tune": ("tune", "which launch of every operation is the fastest on this GPU, left in kernels/tuned"),
-    "gpu": ("gpu", "all that a GPU has to answer, in one command"),
-    "start": ("start", "from process start to a loaded model and to the first picture"),
-    "serve": ("serving", "load on a running server, in MLPerf's scenarios, and goodput"),
-    "soak": ("soak", "minutes of mixed load on a server, nothing lost"),
-    "parity": ("parity", "errors against diffusers, transformers and peft at full size"),
-    "quantization": ("quantization", "what a model loses in 8 bits"),
-    "pictures": ("pictures", "what a judge sees in the embedded model's pictures"),
-    "report": ("report", "one HTML page and plots of what was measured"),
-    "tables": ("tables", "the README's tables, from bench/results"),
+    "step": ("step.steps", "latency per decoding step and its parts, beside the floor"),
+    "adapters": ("serving.adapters", "what mixing styles in a batch costs, and what changing them costs"),
+    "peers": ("peers.peers", "the same pictures with diffusers, torch.compile, PEFT and ONNX Runtime"),
+    "onnx": ("peers.exports", "exported folders of every form and precision: size, load, agreement, steps"),
+    "kernels": ("step.kernels", "each operation as a Triton kernel, in torch, compiled, and the roof"),
+    "compiled": ("step.compiled", "what the Triton kernels take of each chip, compiled without a GPU"),
+    "tune": ("step.tune", "which launch of every operation is the fastest on this GPU, left in kernels/tuned"),
+    "gpu": ("step.gpu", "all that a GPU has to answer, in one command"),
+    "start": ("serving.start", "from process start to a loaded model and to the first picture"),
+    "serve": ("serving.serving", "load on a running server, in MLPerf's scenarios, and goodput"),
+    "soak": ("serving.soak", "minutes of mixed load on a server, nothing lost"),
+    "parity": ("step.parity", "errors against diffusers, transformers and peft at full size"),
+    "quantization": ("step.quantization", "what a model loses in 8 bits"),
+    "pictures": ("pictures.pictures", "what a judge sees in the embedded model's pictures"),
+    "report": ("harness.report", "one HTML page and plots of what was measured"),
+    "tables": ("harness.tables", "the README's tables, from bench/results"),
 }
 """The module of each, and what it measures."""
 

@@ -38,7 +38,7 @@ def demo(
     began = time.perf_counter()
     from ..core import Request
     from ..decoding.rng import fresh_seed, image_seeds
-    from ..tuning.looks import article
+    from ..pretraining.attributes import article
 
     seeds = image_seeds(fresh_seed() if seed is None else seed, len(SUBJECTS))
     pipe = options.load(model, backend, device, dtype, quantization)

@@ -73,7 +73,7 @@ def _gpus() -> list[dict[str, Any]]:
 
 def _world() -> dict[str, Any]:
     """The subjects that the embedded model's pictures are made of; training and judging need them, drawing doesn't."""
-    from ..tuning import layers
+    from ..pretraining import layers
 
     if layers.PATH.is_file():
         return {"path": str(layers.PATH), "problem": None}

@@ -60,7 +60,7 @@ def export(
         pipe = options.load(model, "reference", "cpu", "float32")
         for name, path in registered.items():
             pipe.adapters.add(name, path, alpha=alpha, recipe=recipe)
-        from ..export.deploy import export as write
+        from ..export.graphs.deploy import export as write
 
         made = write(
             pipe, out, form=form, styles=names, strength=strength, precision=precision, rows=counts, runtime=package
@@ -81,7 +81,7 @@ def export(
 
 def _package(given: Path | None, fetch: bool, held: ExitStack) -> Path:
     """Where onnxruntime-web is; what npm fetches is gone when `held` ends."""
-    from ..export import page
+    from ..export.graphs import page
 
     if not fetch:
         return page.find_runtime(given)

@@ -48,7 +48,7 @@ def load_model(
     slots: int,
     rank: int,
 ) -> TorchPipeline:
-    """A pipeline for a model, with the styles that come with it; see ``loading.load``."""
+    """A pipeline for a model, with the styles that come with it; see ``stylemuse.load``."""
     machine = choose(device, dtype)
     kernels, why = choose_kernels(backend, machine.device)
     number = choose_quantization(quantization, kernels, machine.device)

@@ -1,0 +1,1 @@
+"""What all measurements share: clocks, documents, models of any size, targets, reports."""

@@ -1,0 +1,1 @@
+"""The same pictures with other runtimes, and with exported graphs."""

@@ -1,0 +1,1 @@
+"""Many requests: an engine or a server under load, styles that come and go, the start of a process."""

@@ -1,0 +1,1 @@
+"""An exported folder in ONNX Runtime; needs neither torch nor onnx."""
