@@ -173,11 +173,10 @@ def test_swapping_is_exact(tmp_path: Path) -> None:
     a, b = read(tmp_path / "a"), read(tmp_path / "b")
     _, ours = transformers()
     bank = Bank(ours.config.sites(), ours.config.bottleneck_sites(), slots=1, rank=8)
-    rows = RowAdapters(RowSlots(torch.tensor([0, -1]), torch.ones(2)), bank.sites)
-    seen = []
+    rows, seen = RowSlots(torch.tensor([0, -1]), torch.ones(2)), []
     for adapter in (a, b, a):
         bank.write(0, adapter)
-        seen.append(logits(ours, 2, rows))
+        seen.append(logits(ours, 2, RowAdapters(rows, bank.sites)))
     assert torch.equal(seen[0], seen[2])
     assert not torch.equal(seen[0][0], seen[1][0])
     assert torch.equal(seen[0][1], seen[1][1]), "the base row does not notice"

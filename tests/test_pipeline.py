@@ -69,7 +69,7 @@ def test_explain_says_what_runs_and_why(tiny_model: Path) -> None:
     assert facts["backend"] == "reference: asked for"
     assert facts["device"] == "cpu: asked for"
     assert facts["dtype"] == "float32: asked for"
-    assert re.fullmatch(r"2 .*\b5 slots, rank up to 7", facts["adapters"])
+    assert re.fullmatch(r"2 .*\b5 slots, rank up to 7, \d+ MB", facts["adapters"])
     assert all(facts.values())
 
 
