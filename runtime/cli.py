@@ -16,7 +16,7 @@ import typer
 
 from .commands import adapters, bench, demo, doctor, export, generate, serve, tune
 from .commands.output import one_line, say
-from .core import StylemuseError
+from .core import StylemuseError, UnreadWarning
 
 # typer brings its own click since 0.26 and uses the installed one before; both call it ClickException.
 _UsageError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             if not sys.warnoptions:  # libraries warn their callers, and that is us
                 warnings.simplefilter("ignore")
+                warnings.simplefilter("always", UnreadWarning)
+            warnings.showwarning = _warn
             code = typer.main.get_command(app).main(given, prog_name="stylemuse", standalone_mode=False)
         if sys.stdout is not None:  # it is None where it was closed before we began
             sys.stdout.flush()
@@ -84,6 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 _MEMORY = ("out of memory", "allocate memory")
 """What torch's errors say, on a GPU and on a CPU."""
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    if sys.stderr is not None:
+        print(f"stylemuse: {one_line(str(message))}", file=sys.stderr)
 
 
 def _refuse(message: str) -> int:

@@ -29,6 +29,15 @@ class StylemuseError(ValueError):
     """Anything a user can get wrong (an input, an option, a file): one line, what was given and what is allowed."""
 
 
+class UnreadWarning(UserWarning):
+    """A prompt is longer than the text encoder reads; ``words`` are those that it does not."""
+
+    def __init__(self, words: str, length: int) -> None:
+        shown = words if len(words) <= 200 else f"{words[:200]}..."
+        super().__init__(f"the prompt is over {length} tokens; not read: {shown}")
+        self.words = words
+
+
 class Sizes(NamedTuple):
     """What pictures a model draws: its own grid's side in tokens, pixels per token, and what sides are multiples of."""
 
@@ -65,6 +74,7 @@ class Style:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
+        own_numbers(self)
         if not (is_number(self.weight) and self.weight > 0):
             raise StylemuseError(f"style weight {self.weight!r} is not allowed: above 0, at most 1 in all")
         if not is_number(self.strength):
@@ -97,6 +107,7 @@ class Sampling:
     ramp: str = "constant"
 
     def __post_init__(self) -> None:
+        own_numbers(self)
         if self.steps is not None:
             _check_count("steps", self.steps, MAX_STEPS)
         for name in ("schedule", "ramp"):
@@ -142,6 +153,7 @@ class Request:
     mask: Image | None = None
 
     def __post_init__(self) -> None:
+        own_numbers(self)
         for name in ("prompt", "negative_prompt"):
             text = getattr(self, name)
             if not isinstance(text, str) or len(text) > MAX_PROMPT:
@@ -150,7 +162,7 @@ class Request:
             raise StylemuseError("the prompt is empty; say what to draw, for example 'a fox'")
         _check_count("n", self.n, MAX_PICTURES)
         if self.seed is not None and not (is_whole(self.seed) and 0 <= self.seed < 2**63):
-            raise StylemuseError(f"seed {self.seed!r} is not allowed: 0 to 2^63 - 1")
+            raise StylemuseError(f"seed {_told(self.seed)} is not allowed: a whole number from 0 to 2^63 - 1")
         if not (is_number(self.strength) and 0 < self.strength <= 1):
             raise StylemuseError(f"strength {self.strength!r} is not allowed: above 0, at most 1")
         if self.image is None and self.mask is not None:
@@ -199,6 +211,22 @@ class Result:
     timings: dict[str, Any] = field(repr=False, default_factory=dict)
 
 
+def own_numbers(record: Any) -> None:
+    """Python's numbers in the place of numpy's, in the fields of a frozen record and in tuples that they hold."""
+    for name in record.__dataclass_fields__:
+        value = getattr(record, name)
+        if isinstance(value, np.generic):
+            object.__setattr__(record, name, value.item())
+        elif isinstance(value, tuple) and any(isinstance(each, np.generic) for each in value):
+            plain = tuple(each.item() if isinstance(each, np.generic) else each for each in value)
+            object.__setattr__(record, name, plain)
+
+
+def _told(value: object) -> str:
+    """A number as it is, anything else with its type: "3" is no 3."""
+    return repr(value) if is_whole(value) else f"{value!r} ({type(value).__name__})"
+
+
 def is_whole(value: object) -> TypeGuard[int]:
     """Whether it is a whole number, and no true or false."""
     return isinstance(value, int) and not isinstance(value, bool)
@@ -215,4 +243,4 @@ def is_number(value: object) -> bool:
 
 def _check_count(name: str, value: object, most: int) -> None:
     if not (is_whole(value) and 1 <= value <= most):
-        raise StylemuseError(f"{name} = {value!r} is not allowed: a whole number from 1 to {most}")
+        raise StylemuseError(f"{name} = {_told(value)} is not allowed: a whole number from 1 to {most}")

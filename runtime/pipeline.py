@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -12,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from .backend import arrays
-from .core import Request, Result, Sampling, StylemuseError
+from .core import Request, Result, Sampling, StylemuseError, UnreadWarning
 from .decoding.canvas import Canvas, Network, Timings, WholeSteps
 from .decoding.loop import decode
 from .protocols import Array, Backend, Styles
@@ -59,10 +61,19 @@ class Pipeline:
         self.jobs = Jobs(name, network, adapters, self.defaults)
         self._why = dict(why)
         self._make_decoder, self._decoder = decoder, decoder(None)
+        self._process = os.getpid()
 
     def decoder(self, rows: int | None = None) -> Network | WholeSteps:
         """What `decoding.loop` is given, for one caller's own use; ``rows`` is the most of a forward pass, if known."""
         return self._make_decoder(rows)
+
+    def check_process(self) -> None:
+        """Raise in a forked child: torch's threads do not survive a fork, and the child would wait for them."""
+        if os.getpid() != self._process:
+            raise StylemuseError(
+                "this pipeline was loaded before the process forked; start processes by 'spawn' "
+                "(multiprocessing.get_context) and load the model in each"
+            )
 
     def explain(self) -> dict[str, str]:
         """What runs where, and why."""
@@ -110,12 +121,15 @@ class Pipeline:
         Everything is checked before anything is computed.
         """
         began = time.perf_counter()
+        self.check_process()
         with ExitStack() as held:
             jobs = []
             for request in requests:
                 jobs.append(self.jobs.begin(request))
                 held.callback(jobs[-1].release)
             for job in jobs:
+                if job.plan.unread:
+                    warnings.warn(UnreadWarning(job.plan.unread, self.network.text_length), stacklevel=3)
                 job.acquire()
             return self._draw(jobs, on_step, began)
 

@@ -174,7 +174,7 @@ class Backend(Protocol):
         """Ids that every prompt is padded or cut to."""
 
     def prompt_tokens(self, prompt: str) -> int:
-        """How many tokens the text encoder reads of a prompt."""
+        """How many tokens a prompt is; the text encoder reads `text_length` of them."""
 
     def text(self, prompt: str) -> Opaque:
         """What the text encoder makes of a prompt."""

@@ -172,7 +172,7 @@ class OnnxNetwork:
         return self.tokenizer.length
 
     def prompt_tokens(self, prompt: str) -> int:
-        """How many tokens the text encoder reads of a prompt, its start and end included."""
+        """How many tokens a prompt is, its start and end included; the encoder reads `text_length` of them."""
         return self.tokenizer.count(prompt)
 
     def text(self, prompt: str) -> Text:

@@ -27,8 +27,9 @@ from .files import MAX_JSON_BYTES, TensorFile, open_tensors, parse_json, read_by
 from .lora_config import Scaling, scaling
 from .lora_names import Names, sort_names
 
-RECIPES: Mapping[str, float] = {"amused-256": 2.0, "amused-512": 1 / 16}
-"""alpha / r of diffusers' published training commands for aMUSEd, which write files without alpha."""
+RECIPES: Mapping[str, float] = {"amused-256": 2.0, "amused-512": 1 / 16, "alpha-is-rank": 1.0}
+"""alpha / r of diffusers' published training commands for aMUSEd, which write files without alpha; and of diffusers and
+PEFT where a file has none: alpha is each module's own rank."""
 
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "diffusion_pytorch_model.safetensors")
 

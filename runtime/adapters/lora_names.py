@@ -28,6 +28,8 @@ PAIRS = (
 KOHYA = re.compile(r"lora_(unet|transformer)_(?P<module>[^.]+)\.(?P<role>lora_down\.weight|lora_up\.weight|alpha)")
 ALPHA = re.compile(r"(?P<module>.+)\.(?P<role>alpha)")
 BASE_LAYER = ".base_layer."
+COMPILED = "_orig_mod."
+"""What torch.compile puts before the names of what it wraps, anywhere in them."""
 
 ROLES = {"A": "down", "B": "up", "lora_down.weight": "down", "lora_up.weight": "up"}
 
@@ -114,6 +116,7 @@ def _match(key: str) -> tuple[re.Match[str] | None, str]:
 
 
 def _strip(key: str) -> str:
+    key = key.replace(COMPILED, "")
     for prefix in PREFIXES:
         key = key.removeprefix(prefix)
     return key

@@ -61,7 +61,7 @@ def generate(
         "guidance": options.guidance(guidance),
         "size": options.size(size),
         "image": None if image is None else pictures.read_picture(image),
-        "mask": None if mask is None else pictures.read_picture(mask),
+        "mask": None if mask is None else pictures.read_picture(mask, mask=True),
         "strength": 1.0 if strength is None else strength,
     }
     if strength is not None and image is None:

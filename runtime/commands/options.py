@@ -28,7 +28,8 @@ Quantization = Annotated[
 Seed = Annotated[int | None, typer.Option("--seed", help="0 to 2^63 - 1; drawn and reported if left out.")]
 Alpha = Annotated[float | None, typer.Option("--alpha", help="LoRA's alpha, for files that don't store it.")]
 Recipe = Annotated[
-    str | None, typer.Option("--recipe", help="Instead of --alpha, the training recipe: amused-256 or amused-512.")
+    str | None,
+    typer.Option("--recipe", help="Instead of --alpha: amused-256, amused-512 or alpha-is-rank."),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Pictures a command reads and writes: what is read is bounded and RGB, what is written is never half."""
+"""Pictures a command reads and writes: what is read is bounded, what is written is never half."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def read_picture(path: Path) -> Image:
-    """A picture as RGB, upright, on white where it is transparent; of an animation the first frame.
+def read_picture(path: Path, *, mask: bool = False) -> Image:
+    """A picture as requests take it, in RGB, or a mask in greys; of an animation the first frame.
 
     Raises:
         StylemuseError: no file, not a picture of a known format, damaged, or too large.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     from ..adapters.files import read_bytes
+    from ..requests import pictures
 
     data = read_bytes(path, MAX_BYTES)
     try:
@@ -43,16 +44,10 @@ def read_picture(path: Path) -> Image:
             with Image.open(io.BytesIO(data), formats=READ) as file:
                 width, height = file.size
                 if width * height > MAX_PIXELS:
-                    raise StylemuseError(f"{path} has {width} x {height} pixels; at most {MAX_PIXELS} are allowed")
-                picture: Image.Image = ImageOps.exif_transpose(file)
-            if picture.mode.startswith(("I", "F")):
-                raise StylemuseError(f"{path} has more than 8 bits per channel; convert it to 8 first")
-            if picture.has_transparency_data:
-                shown = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
-            return picture.convert("RGB")
-    except StylemuseError:
-        raise
+                    raise StylemuseError(f"{width} x {height} pixels; at most {MAX_PIXELS} are allowed")
+                return pictures.mask(file) if mask else pictures.upright(file)
+    except StylemuseError as error:
+        raise StylemuseError(f"{path}: {error}") from None
     except UnidentifiedImageError:
         raise StylemuseError(f"{path} is not a picture; allowed: {', '.join(READ)}") from None
     except Image.DecompressionBombError:

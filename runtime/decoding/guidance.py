@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from stylemuse.core import Branch, Guidance, Style, StylemuseError
+from stylemuse.core import Branch, Guidance, Style, StylemuseError, is_number, own_numbers
 
 # A weighted sum of rows: (prompt, style, strength) with its weight.
 Row = tuple[str, str | None, float]
@@ -203,8 +203,10 @@ def _branches(unguided: Terms, guidance: Terms, ramp: list[float]) -> tuple[Bran
 
 
 def _check_numbers(recipe: object, **numbers: float) -> None:
-    for name, number in numbers.items():
-        if not (isinstance(number, (int, float)) and math.isfinite(number) and number >= 0.0):
+    own_numbers(recipe)
+    for name in numbers:
+        number = getattr(recipe, name)
+        if not (is_number(number) and number >= 0.0):
             raise StylemuseError(
                 f"{type(recipe).__name__} {name} {number!r} is not allowed: a finite number, at least 0"
             )

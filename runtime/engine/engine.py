@@ -113,6 +113,7 @@ class Engine:
             raise StylemuseError(f"timeout {timeout!r} is not allowed: seconds above 0")
         if previews < 0:
             raise StylemuseError(f"previews = {previews!r} is not allowed: at least 0")
+        self.pipe.check_process()
         self._admit()
         job = self.pipe.jobs.begin(request)
         try:
@@ -192,7 +193,7 @@ class Engine:
             raise StylemuseError(f"{len(plan.styles)} styles in one request; at most {self.pipe.adapters.slots}")
         at = {round((index + 1) * steps / (previews + 1)) for index in range(previews)} if previews < steps else None
         shown = frozenset(range(1, steps)) if at is None else frozenset(at - {0, steps})
-        ticket = Ticket(plan.seeds, steps, rows, self._cancelled)
+        ticket = Ticket(plan.seeds, steps, rows, self._cancelled, plan.unread)
         entry = Entry(demand, len(plan.seeds), steps, 2.0**priority)
         entry.owner = work = Work(ticket, job, shown, now, math.inf if timeout is None else now + timeout, entry)
         return work

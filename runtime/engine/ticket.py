@@ -65,10 +65,13 @@ class Ticket:
         seeds: of its pictures.
         steps: decoding steps of each.
         rows: of each picture in the forward passes, at most.
+        unread: the words of the prompts that are over the length that the text encoder reads.
     """
 
-    def __init__(self, seeds: tuple[int, ...], steps: int, rows: int, cancel: Callable[[Ticket], None]) -> None:
-        self.seeds, self.steps, self.rows = seeds, steps, rows
+    def __init__(
+        self, seeds: tuple[int, ...], steps: int, rows: int, cancel: Callable[[Ticket], None], unread: str = ""
+    ) -> None:
+        self.seeds, self.steps, self.rows, self.unread = seeds, steps, rows, unread
         self._cancel = cancel
         self._future: futures.Future[Result] = futures.Future()
         self._future.set_running_or_notify_cancel()  # from here on only the engine ends it

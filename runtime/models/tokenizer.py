@@ -109,8 +109,9 @@ class ClipTokenizer:
         return np.array(ids, np.int64).reshape(len(ids), self.length)
 
     def count(self, text: str) -> int:
-        """Tokens of a text, start and end included and without the padding; at most `length`."""
-        return sum(self._backend.encode(text).attention_mask)
+        """Tokens of a text, start and end included; more than `length` where the text is cut."""
+        encoded = self._backend.encode(text)
+        return 2 + sum(sum(part.attention_mask) - 2 for part in (encoded, *encoded.overflowing))
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer as one tokenizer.json, with the little that is beside it, into a new folder."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,13 +21,15 @@ MAX_TOKENS = 64 * 64
 
 @dataclass(frozen=True)
 class Plan:
-    """A request with nothing left open; ``styles`` are the adapters its branches use."""
+    """A request with nothing left open; ``styles`` are the adapters its branches use, ``unread`` the words of its
+    prompts that are over the length that the text encoder reads."""
 
     branches: tuple[Branch, ...]
     styles: frozenset[str]
     seeds: tuple[int, ...]
     grid: tuple[int, int]
     starts: tuple[start.Start, ...]
+    unread: str = ""
 
 
 def plan(
@@ -42,8 +45,9 @@ def plan(
     sampling = request.sampling or Sampling()
     steps = sampling.steps or recommended_steps({name: each.recommended for name, each in adapters.items()}, defaults)
     guidance = request.guidance or _guidance(adapters, defaults)
-    prompt = " ".join([request.prompt.strip(), *_descriptors(request.prompt, adapters)])
-    negative, styles = request.negative_prompt.strip(), request.styles()
+    prompt, over = _fitted(request.prompt.strip(), " ".join(_descriptors(request.prompt, adapters)), network)
+    negative, over_negative = _fitted(request.negative_prompt.strip(), "", network)
+    styles, unread = request.styles(), " ".join(filter(None, (over, over_negative)))
     branches = guidance.branches(prompt, negative, styles, steps, sampling.ramp)
     _check_effects(guidance.branches(prompt, negative, styles, steps), branches, negative, sampling.ramp, guidance)
     grid = _grid(request.size, network.sizes, model)
@@ -52,7 +56,7 @@ def plan(
     skipped = steps - len(starts[0].steps)
     branches = tuple(replace(branch, weights=branch.weights[skipped:]) for branch in branches)
     used = frozenset(branch.style for branch in branches if branch.style is not None)
-    return Plan(branches, used, seeds, grid, starts)
+    return Plan(branches, used, seeds, grid, starts, unread)
 
 
 def _check_effects(
@@ -86,6 +90,24 @@ def _descriptors(prompt: str, adapters: Mapping[str, StyleVersion]) -> list[str]
     """The words that call the styles, unless the prompt has them already."""
     words = [adapter.descriptor for adapter in adapters.values()]
     return [descriptor for descriptor in words if descriptor and descriptor not in prompt]
+
+
+def _fitted(content: str, descriptor: str, network: Backend) -> tuple[str, str]:
+    """The prompt with the words that call the styles, of which none is cut; and the words of the content that are.
+
+    A word is read whole or not at all.
+    """
+
+    def joined(count: int) -> str:
+        return " ".join(filter(None, (content if count == len(words) else " ".join(words[:count]), descriptor)))
+
+    words = content.split()
+    if network.prompt_tokens(whole := joined(len(words))) <= network.text_length:
+        return whole, ""
+    fits = bisect.bisect_right(
+        range(1, len(words)), network.text_length, key=lambda n: network.prompt_tokens(joined(n))
+    )
+    return joined(fits), " ".join(words[fits:])
 
 
 def _grid(size: tuple[int, int] | None, sizes: Sizes, model: str) -> tuple[int, int]:

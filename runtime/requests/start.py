@@ -24,6 +24,7 @@ from ..core import Request, Sampling, StylemuseError
 from ..decoding.rng import key_of
 from ..decoding.schedule import SCHEDULES, Steps
 from ..kernels.philox import philox4x32_words
+from . import pictures
 
 START_STREAM = 3
 """Philox stream of the choice which positions a picture loses at the start."""
@@ -63,7 +64,7 @@ def prepare(
     if first == count:
         least = math.ceil(1000 / count) / 1000
         raise StylemuseError(f"strength {request.strength:g} redraws nothing in {count} steps; at least {least:g}")
-    codes = network.codes(request.image, grid).reshape(-1)
+    codes = network.codes(pictures.upright(request.image), grid).reshape(-1)
     if request.mask is None:
         lost = max(1, math.floor(size * math.cos(math.pi / 2 * first / count)))
         steps = schedule(size, lost, count, first=first)
@@ -94,7 +95,7 @@ def _schedule(sampling: Sampling) -> Callable[..., Steps]:
 
 def _region(mask: Image.Image, grid: tuple[int, int]) -> NDArray[np.bool_]:
     """(N,) bool: tokens of whose area at least half is white."""
-    small = mask.convert("L").resize((grid[1], grid[0]), Image.Resampling.BOX)
+    small = pictures.mask(mask).resize((grid[1], grid[0]), Image.Resampling.BOX)
     return (np.asarray(small) >= 128).flatten()
 
 

@@ -59,8 +59,9 @@ class Images:
         previews, limit = given.partial_images or 0, given.timeout or self._settings.limits.seconds
 
         def submit() -> tuple[Ticket, int]:
+            network = self._engine.pipe.network
             ticket = self._engine.submit(wanted, priority=given.priority, timeout=limit, previews=previews)
-            return ticket, self._engine.pipe.network.prompt_tokens(given.prompt)
+            return ticket, min(network.prompt_tokens(given.prompt), network.text_length)
 
         ticket, read = await run_in_threadpool(submit)
         drawing = _Drawing(self._engine, self._settings, given, ticket, self._threads, read)
@@ -84,7 +85,7 @@ class _Drawing:
     ) -> None:
         """``read``: tokens of the prompt."""
         self._pipe, self._settings, self._given, self._ticket = engine.pipe, settings, given, ticket
-        self._threads, self._read = threads, read
+        self._threads, self._read, self._unread = threads, read, ticket.unread or None
         self._created = int(time.time())
 
     async def answer(self) -> Pictures:
@@ -101,7 +102,14 @@ class _Drawing:
         ]
         usage = self._usage(len(pictures) * height * width)
         size = f"{result.images[0].width}x{result.images[0].height}"
-        return Pictures(created=self._created, data=pictures, output_format=kind, size=size, usage=usage)
+        return Pictures(
+            created=self._created,
+            data=pictures,
+            output_format=kind,
+            size=size,
+            usage=usage,
+            unread=self._unread,
+        )
 
     async def events(self, request: Request) -> AsyncIterator[str]:
         """Partial pictures, then each finished one; an error is an event too, for the answer has begun."""
@@ -114,7 +122,12 @@ class _Drawing:
                 result = await self._ticket
                 tokens = result.tokens[0].size
                 for index, (image, seed) in enumerate(zip(result.images, result.seeds, strict=True)):
-                    facts = {"index": index, "seed": seed, "usage": self._usage(tokens)}
+                    facts = {
+                        "index": index,
+                        "seed": seed,
+                        "usage": self._usage(tokens),
+                        "unread": self._unread,
+                    }
                     yield await self._event("image_generation.completed", image, facts)
         except Exception as error:
             found = api_error(error, self._pipe.name, self._settings.model)

@@ -103,6 +103,7 @@ class Pictures(BaseModel):
     quality: None = None
     size: str
     usage: Usage
+    unread: Annotated[str | None, Field(description="Words of a prompt that is longer than the model reads.")] = None
 
 
 class PictureEvent(BaseModel):
@@ -125,6 +126,7 @@ class PictureEvent(BaseModel):
     steps: int | None = None
     seed: int | None = None
     usage: Usage | None = None
+    unread: str | None = None
 
 
 class Model(BaseModel):

@@ -23,6 +23,7 @@ from ..core import AESTHETIC_SCORE, StylemuseError
 from ..kernels.rows import LowRank, RowAdapters, RowSlots, Site
 from ..loading.assembly import in_torch
 from ..pipeline import Pipeline
+from ..requests.pictures import upright
 from .training import finite, mask_at_random
 
 PROJECTIONS = ("to_q", "to_k", "to_v")
@@ -100,7 +101,7 @@ def tune(
     stacks = _fresh(sites, recipe.rank, generator)
     trained = [side for pair in stacks.values() for side in (pair.down, pair.up)]
     optimizer = torch.optim.Adam(trained, lr=recipe.rate, betas=(0.9, 0.98))
-    views = _views(network, picture)
+    views = _views(network, upright(picture))
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate * min(1.0, (step + 1) / 10, 2 * (recipe.steps - step) / recipe.steps)
