@@ -7,7 +7,11 @@ FOLDERS := $(shell find runtime kernels export bench -type d -not -name __pycach
 .PHONY: demo test quick clean
 
 demo: .venv/user  ## draw every style into out/demo.png
-	$(BIN)/stylemuse demo --out out/demo.png
+	$(BIN)/stylemuse demo --force --out out/demo.png
+	@echo "Next:"
+	@echo "  . .venv/bin/activate"
+	@echo "  stylemuse generate 'a fox' --style neon --out out/fox.png"
+	@echo "  stylemuse subjects"
 
 test: .venv/dev  ## all that CI runs: format, rules, types, tests
 	$(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ whatever a user got wrong; 130 when interrupted; 1 when the reader of the output
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,9 +15,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .commands import adapters, bench, demo, doctor, export, generate, serve, tune
+from .commands import adapters, bench, demo, doctor, export, generate, serve, subjects, tune
 from .commands.output import one_line, say
-from .core import StylemuseError, UnreadWarning
+from .core import StylemuseError, UnreadWarning, unknown
 
 # typer brings its own click since 0.26 and uses the installed one before; both call it ClickException.
 _UsageError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -33,6 +34,7 @@ app.command("tune")(tune.tune)
 app.add_typer(adapters.app, name="adapters")
 app.command("export")(export.export)
 app.command("serve")(serve.serve)
+app.command("subjects")(subjects.subjects)
 app.command("doctor")(doctor.doctor)
 app.command(
     "bench", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
@@ -105,7 +107,9 @@ def _usage(error: Any) -> str:
     command: Any = getattr(getattr(error, "ctx", None), "command", None)
     if type(error).__name__ == "NoSuchOption" and command is not None:
         names = [name for parameter in command.params for name in parameter.opts if name.startswith("--")]
-        return f"No such option: {error.option_name}; allowed: {', '.join([*names, '--help'])}"
+        return unknown("option", error.option_name, [*names, "--help"], len(names) + 1)
+    if hasattr(command, "commands") and (given := re.fullmatch(r"No such command '(.*)'", message)):
+        return unknown("command", given[1], command.commands)
     if hasattr(command, "commands"):
         return f"{message}; allowed: {', '.join(command.commands)}"
     if message.startswith("Got unexpected extra argument"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard
 
@@ -209,6 +210,15 @@ class Result:
     tokens: NDArray[np.int64]
     seeds: tuple[int, ...]
     timings: dict[str, Any] = field(repr=False, default_factory=dict)
+
+
+def unknown(what: str, given: str, allowed: Iterable[str], shown: int = 20) -> str:
+    """ "style 'nien' is unknown; did you mean 'neon'? Allowed: ..."; the nearest name where one is near."""
+    names = list(allowed)
+    near = difflib.get_close_matches(given, names, 1, 0.6)
+    listed = ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+    hint = f"did you mean {near[0]!r}? Allowed" if near else "allowed"
+    return f"{what} {given[:80]!r} is unknown; {hint}: {listed or 'none'}"
 
 
 def own_numbers(record: Any) -> None:

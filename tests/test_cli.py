@@ -19,7 +19,7 @@ import stylemuse
 from stylemuse import cli
 from stylemuse.core import StylemuseError
 
-COMMANDS = {"demo", "generate", "tune", "adapters", "export", "serve", "bench", "doctor"}
+COMMANDS = {"demo", "generate", "tune", "adapters", "export", "serve", "bench", "doctor", "subjects"}
 
 
 def test_help_lists_the_commands_and_no_stub(run: Run) -> None:
@@ -46,19 +46,19 @@ def test_every_command_has_json_and_says_what_each_option_is() -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("paint", "No such command 'paint'; allowed: demo, generate, tune"),
+        ("paint", "command 'paint' is unknown; allowed: demo, generate, tune"),
         ("export", "Missing argument"),
-        ("--fast", "No such option: --fast; allowed: --version"),
+        ("--fast", "option '--fast' is unknown; allowed: --version"),
         ("adapters", "Missing command; allowed: list, inspect, import, export, verify"),
-        ("adapters show", "No such command 'show'; allowed: list"),
+        ("adapters show", "command 'show' is unknown; allowed: list"),
         ("generate", "Missing argument"),
-        ("bench speed", "bench speed is unknown; allowed: step, adapters, peers, onnx, kernels"),
+        ("bench speed", "bench 'speed' is unknown; did you mean"),
         ("bench step --models sdxl", "invalid choice: 'sdxl'"),
         ("bench step --batches 0", "'0' is not allowed: a whole number of at least 1"),
         ("bench step --steps 1", "at least 2"),
         ("bench step --branches 3 --adapters none", "three branches need an adapter"),
         ("generate a fox", "(fox); a text of several words needs quotes"),
-        ("generate fox --stile ink", "No such option: --stile; allowed: --style"),
+        ("generate fox --stile ink", "option '--stile' is unknown; did you mean '--style'? Allowed: --style"),
         ("generate fox --steps many", "'--steps'"),
         ("generate fox --n 0", "n = 0 is not allowed: a whole number from 1 to 256"),
         ("generate fox --seed -1", "0 to 2^63 - 1"),
@@ -99,7 +99,7 @@ def test_bad_lines_are_refused_before_a_model_is_loaded(run: Run, no_model: None
     ("line", "words"),
     [
         ("generate fox --model nowhere", "'demo', a folder, or a Hub id"),
-        ("generate fox --model MODEL --style inc", "'inc' is unknown; allowed are ink, neon"),
+        ("generate fox --model MODEL --style inc", "style 'inc' is unknown; did you mean 'ink'? Allowed: ink, neon"),
         ("generate fox --model MODEL --style ink --style neon", "at most 1"),
         ("generate fox --model MODEL --steps 0", "1 to 1000"),
         ("generate fox --model MODEL --schedule linear", "allowed: amused, styledrop, maskgit"),

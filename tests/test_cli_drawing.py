@@ -17,7 +17,7 @@ from models import SIDE, STYLES
 from PIL import Image
 
 import stylemuse
-from stylemuse.commands import pictures
+from stylemuse.commands import pictures, subjects
 from stylemuse.commands.demo import SUBJECTS, sheet
 from stylemuse.core import StylemuseError
 from stylemuse.pretraining.attributes import SUBJECTS as WORLD
@@ -64,7 +64,7 @@ def test_generate_passes_every_option_on(run: Run, tiny_model: Path) -> None:
     ]
     seen = set()
     for options, arguments in changes:
-        assert run("generate", "a fox", "--seed", 3, "--model", tiny_model, *options).code == 0
+        assert run("generate", "a fox", "--seed", 3, "--model", tiny_model, "--force", *options).code == 0
         drawn = Image.open("out/picture.png")
         assert np.array_equal(np.asarray(drawn), np.asarray(pipe.generate("a fox", seed=3, **arguments).images[0]))
         seen.add(drawn.tobytes())
@@ -190,3 +190,46 @@ def test_a_sheet_of_large_pictures_is_not_enlarged() -> None:
     page = sheet([[Image.new("RGB", (512, 256), "red")]], ["a" * 40], ["fox"])
     assert page.height < 300
     assert page.getpixel((page.width - 10, page.height - 10)) == (255, 0, 0)
+
+
+def test_a_picture_that_is_there_stays(run: Run, tiny_model: Path) -> None:
+    """The next free name is taken and told, of all pictures of a call the same; --force replaces."""
+    line = ("generate", "a fox", "--model", tiny_model, "--out", "fox.png")
+    first = run(*line, "--seed", 1)
+    kept = Path("fox.png").read_bytes()
+    assert run(*line, "--seed", 2).out.startswith("fox_2.png  seed 2")
+    assert run(*line, "--seed", 3, "--json").document["pictures"][0]["path"] == "fox_3.png"
+    assert first.out.startswith("fox.png  seed 1")
+    assert Path("fox.png").read_bytes() == kept
+    assert run(*line, "--seed", 2, "--force").out.startswith("fox.png  seed 2")
+    assert Path("fox.png").read_bytes() == Path("fox_2.png").read_bytes() != kept
+    Path("fox-1.png").write_bytes(kept)
+    drawn = run(*line, "--n", 2, "--json").document["pictures"]
+    assert [each["path"] for each in drawn] == ["fox_2-0.png", "fox_2-1.png"]
+
+
+def test_what_the_embedded_model_draws_is_told(run: Run) -> None:
+    told = run("subjects", "--json").document
+    assert set(told["subjects"]) == set(WORLD)
+    assert {"flat", "outline"} <= set(told["renderings"])
+    text = run("subjects")
+    assert (text.code, text.error) == (0, "")
+    assert all(subject in text.out for subject in WORLD)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "known"),
+    [
+        ("a fox", True),
+        ("Two FOX-like owls, an owl", True),
+        ("a palm tree on navy", True),
+        ("a dragonfly", False),
+        ("foxes", False),
+    ],
+)
+def test_a_prompt_without_a_subject_gets_one_hint(prompt: str, known: bool) -> None:
+    told = subjects.hint(prompt, "demo")
+    assert (told is None) == known
+    assert subjects.hint(prompt, "amused-256") is None
+    if told is not None:
+        assert told.endswith("see: stylemuse subjects")

@@ -196,7 +196,7 @@ def test_following_a_request_that_fails_ends(engine: Engine, gate: Gate) -> None
 
 def test_wrong_requests_are_refused_at_once(engine: Engine, pipe: Pipeline) -> None:
     wrong: dict[str, Callable[[], object]] = {
-        "adapter 'nope' is unknown; allowed are ink, neon": lambda: engine.submit(Request("a fox", style="nope")),
+        "style 'nope' is unknown; allowed: ink, neon": lambda: engine.submit(Request("a fox", style="nope")),
         "size 20 x 32 is impossible": lambda: engine.submit(Request("a fox", size=(20, 32))),
         r"2 branches and 32 x 32 tokens takes 32 rows; this engine has 8$": lambda: engine.submit(
             Request("a fox", size=(128, 128))

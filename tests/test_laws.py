@@ -222,7 +222,7 @@ def test_a_removed_style_lasts_until_its_requests_are_done(tiny_model: Path) -> 
             pipe.adapters.add("late", random_style(pipe.network.transformer.config, "late", seed=9))
 
     assert np.array_equal(draw(pipe, style="ink", n=2, on_step=interfere), expected)
-    with pytest.raises(StylemuseError, match=r"^adapter 'ink' is unknown; allowed are late, neon$"):
+    with pytest.raises(StylemuseError, match=r"^style 'ink' is unknown; allowed: late, neon$"):
         draw(pipe, style="ink")
     freed = pipe.adapters.add("next", random_style(pipe.network.transformer.config, "next"))
     assert pipe.adapters.bank.adapter(0) is freed

@@ -81,7 +81,7 @@ def test_a_model_without_extras_has_no_styles(tiny_model: Path, tmp_path: Path) 
     plain = load(tmp_path)
     assert plain.adapters.names == ()
     assert len(plain.generate("a fox").timings["step"]) == 12
-    with pytest.raises(StylemuseError, match=r"^adapter 'ink' is unknown; allowed are none yet$"):
+    with pytest.raises(StylemuseError, match=r"^style 'ink' is unknown; allowed: none$"):
         plain.generate("a fox", style="ink")
 
 

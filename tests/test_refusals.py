@@ -17,8 +17,8 @@ from stylemuse import CFG, ObjectInStyle, Pipeline, Sampling, StyleDrop, Stylemu
 BLACK = Image.new("L", (32, 32))
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    r"adapter 'nope' is unknown; allowed are ink, neon$": {"style": {"ink": 0.5, "nope": 0.2}},
-    r"adapter 'gone' is unknown; allowed are ink, neon$": {"style": "ink", "guidance": ObjectInStyle("gone", "a cat")},
+    r"style 'nope' is unknown; allowed: ink, neon$": {"style": {"ink": 0.5, "nope": 0.2}},
+    r"style 'gone' is unknown; allowed: ink, neon$": {"style": "ink", "guidance": ObjectInStyle("gone", "a cat")},
     r"ObjectInStyle needs a style beside its object": {"guidance": ObjectInStyle("ink", "a cat")},
     r"style weights sum to 1\.2: at most 1 is allowed$": {"style": {"ink": 0.6, "neon": 0.6}},
     r"style weight 0 is not allowed: above 0": {"style": {"ink": 0}},
@@ -27,7 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     r"guidance ramp 'up' is unknown: 'constant', 'linear', 'after_first'$": {"sampling": Sampling(ramp="up")},
     r"steps = 0 is not allowed: a whole number from 1 to 1000$": {"steps": 0},
     r"n = 0 is not allowed: a whole number from 1 to 256$": {"n": 0},
-    r"seed -1 is not allowed: 0 to 2\^63 - 1$": {"seed": -1},
+    r"seed -1 is not allowed: a whole number from 0 to 2\^63 - 1$": {"seed": -1},
     r"size 20 x 32 is impossible for .*: both sides must be multiples of 8": {"size": (20, 32)},
     r"size 1024 x 1024 is impossible for .* at most 256 x 256 pixels$": {"size": (1024, 1024)},
     r"strength has no effect without an image": {"strength": 0.5},
@@ -127,5 +127,5 @@ def test_adapters(pipe: Pipeline, tiny_model: Path) -> None:
     refused(lambda: adapters.add("more", ink, alpha=1.0), r"drop alpha and recipe$")
     refused(lambda: adapters.add("no name", ink), r"^adapter name 'no name' is not allowed")
     refused(lambda: adapters.add("more", tiny_model / "styles/more"), r"^more is missing")
-    refused(lambda: adapters.remove("more"), r"^adapter 'more' is unknown; allowed are ink, neon$")
+    refused(lambda: adapters.remove("more"), r"^style 'more' is unknown; allowed: ink, neon$")
     assert adapters.names == ("ink", "neon")

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 import onnxruntime
 
-from ...core import StylemuseError
+from ...core import StylemuseError, unknown
 from .manifest import File, Manifest, StyleFile
 from .spec import Array
 
@@ -63,7 +63,7 @@ class Shelf:
     def slot(self, name: str) -> int:
         """The slot of a style."""
         if name not in self._slots:
-            raise StylemuseError(f"style {name[:80]!r} is unknown; allowed are {', '.join(self.names) or 'none'}")
+            raise StylemuseError(unknown("style", name, self.names))
         return self._slots[name]
 
     def pin(self, name: str) -> StyleFile:

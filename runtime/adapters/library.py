@@ -12,12 +12,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from ..core import StylemuseError
+from ..core import StylemuseError, unknown
 from ..kernels.rows import Site
 from . import canonical, lora
 from .bank import Bank, SlotsInUse
 from .canonical import Adapter
-from .files import some
 from .versions import Version
 
 
@@ -85,8 +84,7 @@ class Library:
         """What a name stands for now."""
         version = self._versions.get(name)
         if version is None:
-            allowed = some(self.names, shown=20) or "none yet"
-            raise StylemuseError(f"adapter {name[:80]!r} is unknown; allowed are {allowed}")
+            raise StylemuseError(unknown("style", name, self.names))
         return version
 
     def versions(self) -> list[Version]:

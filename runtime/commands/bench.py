@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..core import StylemuseError
+from ..core import StylemuseError, unknown
 from . import options
 from .output import say
 
@@ -48,7 +48,7 @@ def bench(
         say("WHAT --help tells its options. The last line is the JSON document; --json prints it alone.")
         return
     if what not in MEASUREMENTS:
-        raise StylemuseError(f"bench {what} is unknown; allowed: {', '.join(MEASUREMENTS)}")
+        raise StylemuseError(unknown("bench", what, MEASUREMENTS))
     measurement = import_module(f"stylemuse.bench.{MEASUREMENTS[what][0]}").main
     if not as_json:
         measurement(context.args)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUBJECTS = ("pineapple", "sailboat", "castle", "skull")
-"""The columns; the embedded model knows them, see ``tuning.world``, and none is the picture a style was tuned from."""
+"""The columns; the embedded model knows them, and none is the picture a style was tuned from."""
 PLAIN = "no style"
 SIDE = 128
 """Pictures are enlarged by a whole number to about this many pixels."""
@@ -31,10 +31,11 @@ def demo(
     device: options.Device = None,
     dtype: options.Dtype = None,
     quantization: options.Quantization = None,
+    force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
     """Draw four subjects in every style the model comes with, all in one batch."""
-    (path,) = pictures.targets(out)
+    (path,) = pictures.targets(out, force=force)
     began = time.perf_counter()
     from ..core import Request
     from ..decoding.rng import fresh_seed, image_seeds

@@ -9,7 +9,8 @@ import typer
 
 from ..core import StylemuseError
 from . import options, pictures
-from .output import document, progress, say
+from .output import document, note, progress, say
+from .subjects import hint
 
 
 def generate(
@@ -44,6 +45,7 @@ def generate(
     device: options.Device = None,
     dtype: options.Dtype = None,
     quantization: options.Quantization = None,
+    force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
     """Draw a prompt."""
@@ -71,10 +73,12 @@ def generate(
             f"--mask must have the size of --image: {_by(request['image'])}, not {_by(request['mask'])}"
         )
     _check(request)
-    paths = pictures.targets(out, n)
+    paths = pictures.targets(out, n, force=force)
     pipe = options.load(model, backend, device, dtype, quantization)
     for name, path in registered.items():
         pipe.adapters.add(name, path, alpha=alpha, recipe=recipe)
+    if (told := hint(prompt, model)) is not None:
+        note(told)
     with progress("drawing") as update:
         result = pipe.generate(
             **request, steps=steps, schedule=schedule, on_step=lambda done: update(done.step, done.steps, "")

@@ -27,6 +27,7 @@ Quantization = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="0 to 2^63 - 1; drawn and reported if left out.")]
 Alpha = Annotated[float | None, typer.Option("--alpha", help="LoRA's alpha, for files that don't store it.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a picture that is there, instead of a new name.")]
 Recipe = Annotated[
     str | None,
     typer.Option("--recipe", help="Instead of --alpha: amused-256, amused-512 or alpha-is-rank."),

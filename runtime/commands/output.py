@@ -24,6 +24,12 @@ def say(text: str) -> None:
     print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
+def note(text: str) -> None:
+    """Tell something beside the result, on standard error."""
+    if sys.stderr is not None:
+        print(f"stylemuse: {one_line(text)}", file=sys.stderr, flush=True)
+
+
 def document(value: Any) -> None:
     """Print a result as one JSON document."""
     print(json.dumps(value, indent=2, allow_nan=False))

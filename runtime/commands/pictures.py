@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from itertools import count as counting
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +57,11 @@ def read_picture(path: Path, *, mask: bool = False) -> Image:
         raise StylemuseError(f"{path} is a damaged picture: {error}") from None
 
 
-def targets(out: Path, count: int = 1) -> list[Path]:
+def targets(out: Path, count: int = 1, *, force: bool = False) -> list[Path]:
     """Where the pictures will be: ``fox.png``, or ``fox-0.png``, ``fox-1.png``, ... for more than one.
+
+    Where a picture is there already it is ``fox_2.png``, ``fox_3.png``, ...: the first name that is free. ``force``
+    replaces it.
 
     Raises:
         StylemuseError: an unknown format, a folder, or a place that can't be written.
@@ -66,7 +70,12 @@ def targets(out: Path, count: int = 1) -> list[Path]:
         raise StylemuseError(f"{out} is a folder; give a file, for example {out / 'picture.png'}")
     if out.suffix.lower() not in WRITTEN:
         raise StylemuseError(f"{out}: format {out.suffix!r} is unknown; allowed: {', '.join(WRITTEN)}")
-    paths = [out] if count == 1 else [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(count)]
+    for number in counting(1):
+        stem = out.stem if number == 1 else f"{out.stem}_{number}"
+        names = [stem] if count == 1 else [f"{stem}-{index}" for index in range(count)]
+        paths = [out.with_name(f"{name}{out.suffix}") for name in names]
+        if force or not any(path.is_file() for path in paths):
+            break
     for path in paths:
         check_file(path)
     return paths

@@ -18,8 +18,6 @@ def upright(picture: Image.Image) -> Image.Image:
         StylemuseError: more than 8 bits per channel, which would have to be mapped to 8 in some way or other.
     """
     turned = _turned(picture)
-    if turned.mode.startswith(("I", "F")):
-        raise StylemuseError("the picture has more than 8 bits per channel; convert it to 8 first")
     if turned.has_transparency_data:
         shown = turned.convert("RGBA")
         turned = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
@@ -33,7 +31,7 @@ def mask(picture: Image.Image) -> Image.Image:
     mean either.
 
     Raises:
-        StylemuseError: it is such a mask.
+        StylemuseError: it is such a mask, or has more than 8 bits per channel.
     """
     turned = _turned(picture)
     if turned.has_transparency_data:
@@ -49,4 +47,6 @@ def mask(picture: Image.Image) -> Image.Image:
 
 
 def _turned(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith(("I", "F")):
+        raise StylemuseError("the picture has more than 8 bits per channel; convert it to 8 first")
     return ImageOps.exif_transpose(picture) or picture
