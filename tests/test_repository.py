@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "pipeline": {"core", "protocols", "decoding", "backend", "requests"},
     "engine": {"core", "protocols", "kernels", "adapters", "decoding", "backend", "requests", "pipeline", "engine"},
     "loading": {"core", "kernels", "models", "adapters", "decoding", "backend", "pipeline", "loading"},
-    "tuning": {"core", "kernels", "models", "adapters", "backend", "pipeline", "loading", "tuning"},
+    "tuning": {"core", "kernels", "models", "adapters", "backend", "requests", "pipeline", "loading", "tuning"},
 }
 """What of ours the inner rooms may import; the outer ones (pipeline, tuning, export, ...) may import all but bench."""
 
