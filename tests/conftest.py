@@ -45,9 +45,10 @@ def gate(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Gate:
 @pytest.fixture
 def nan_filled() -> Iterator[None]:
     """New tensors hold NaN, so that a place that was not written is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture
