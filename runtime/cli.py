@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from .commands import adapters, bench, demo, doctor, export, generate, serve, subjects, tune
-from .commands.output import one_line, say
+from .commands.output import note, say
 from .core import StylemuseError, UnreadWarning, unknown
 
 # typer brings its own click since 0.26 and uses the installed one before; both call it ClickException.
@@ -91,13 +91,11 @@ _MEMORY = ("out of memory", "allocate memory")
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
-    if sys.stderr is not None:
-        print(f"stylemuse: {one_line(str(message))}", file=sys.stderr)
+    note(str(message))
 
 
 def _refuse(message: str) -> int:
-    if sys.stderr is not None:
-        print(f"stylemuse: {one_line(message)}", file=sys.stderr)
+    note(message)
     return 2
 
 

@@ -6,7 +6,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -122,15 +121,10 @@ class Pipeline:
         """
         began = time.perf_counter()
         self.check_process()
-        with ExitStack() as held:
-            jobs = []
-            for request in requests:
-                jobs.append(self.jobs.begin(request))
-                held.callback(jobs[-1].release)
+        with self.jobs.held(requests) as jobs:
             for job in jobs:
                 if job.plan.unread:
                     warnings.warn(UnreadWarning(job.plan.unread, self.network.text_length), stacklevel=3)
-                job.acquire()
             return self._draw(jobs, on_step, began)
 
     def _draw(self, jobs: Sequence[Job], on_step: OnStep | None, began: float) -> list[Result]:

@@ -118,17 +118,10 @@ def contestant(job: peers.Job, kind: Kind, path: Path) -> peers.Contestant:
     def draw(prompts: Sequence[str]) -> peers.Drawn:
         sampling, guidance = sm.Sampling(job.steps), sm.CFG(peers.SCALE)
         began, per_step = time.perf_counter(), Timings()
-        jobs = [
-            pipe.jobs.begin(sm.Request(each, style, seed=1, guidance=guidance, sampling=sampling)) for each in prompts
-        ]
-        try:
-            for each in jobs:
-                each.acquire()
+        requests = [sm.Request(each, style, seed=1, guidance=guidance, sampling=sampling) for each in prompts]
+        with pipe.jobs.held(requests) as jobs:
             canvases = pipe.jobs.canvases(jobs, {"text": 0.0, "condition": 0.0})
             decode(pipe.decoder(), list(chain.from_iterable(canvases)), None, per_step)
-        finally:
-            for each in jobs:
-                each.release()
         return {"step": per_step["step"][1:], "total": [time.perf_counter() - began]}
 
     adapters = "none" if style is None else "merged" if kind.form == "fused" else "input"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +61,8 @@ def losses(name: str, model: str = "demo", prompts: Sequence[str] = PROMPTS, see
 def _hidden(pipe: TorchPipeline, request: sm.Request, grid: Tensor, masked: Tensor) -> Tensor:
     """(h, w) tokens -> (branches times masked positions, D): what the request's rows make of them."""
     network = pipe.network
-    with ExitStack() as held:
-        job = pipe.jobs.begin(request)
-        held.callback(job.release)
-        job.acquire()
-        contexts = pipe.jobs.canvases([job], {"text": 0.0, "condition": 0.0})[0][0].contexts
+    with pipe.jobs.held([request]) as jobs:
+        contexts = pipe.jobs.canvases(jobs, {"text": 0.0, "condition": 0.0})[0][0].contexts
         given = grid.masked_fill(masked, network.mask_id).flatten().expand(len(contexts), -1)
         return network.readout(network.features(given, contexts)[:, masked.flatten()].flatten(0, 1))
 

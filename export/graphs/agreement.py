@@ -6,7 +6,6 @@ The folder draws them twice: step by step, and in one call of generate.onnx.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +112,7 @@ def _row(branch: Branch) -> tuple[str, str | None, float]:
 def record(exported: ExportedPipeline, given: Sequence[Request]) -> list[dict[str, Array]]:
     """What the step's graph is given while these requests are drawn together, step by step."""
     recorder = Recorder(exported.network)
-    with ExitStack() as held:
-        jobs = [exported.jobs.begin(request) for request in given]
-        for job in jobs:
-            held.callback(job.release)
-            job.acquire()
+    with exported.jobs.held(given) as jobs:
         canvases = exported.jobs.canvases(jobs, {"text": 0.0, "condition": 0.0})
         decode(recorder, [canvas for own in canvases for canvas in own])
     return recorder.seen

@@ -206,8 +206,9 @@ class Library:
             if slot is not None:
                 return slot
             full = SlotsInUse(f"requests use all {self.bank.slots} slots; style {version.name!r} needs one")
-            if not self._unused and all(held.users for held in list(self._held.values())):
-                raise full  # before its file is read
+            with self._lock:
+                if not self._unused and all(held.users for held in self._held.values()):
+                    raise full  # before its file is read
             adapter = version.read()
             with self._lock:
                 slot = self._free_slot()

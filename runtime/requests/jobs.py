@@ -9,7 +9,8 @@ pictures  tokens -> pictures                                                  of
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -50,6 +51,18 @@ class Jobs:
     def begin(self, request: Request) -> Job:
         """Check the request as a whole and pin its styles; a StylemuseError says what is wrong with it."""
         return Job(request, self)
+
+    @contextmanager
+    def held(self, requests: Iterable[Request]) -> Iterator[list[Job]]:
+        """A job of each request with its slots, all of them checked before one has any; released at the end."""
+        with ExitStack() as stack:
+            jobs: list[Job] = []
+            for request in requests:
+                jobs.append(self.begin(request))
+                stack.callback(jobs[-1].release)
+            for job in jobs:
+                job.acquire()
+            yield jobs
 
     def pictures(self, grids: Sequence[Array]) -> list[list[Image.Image]]:
         """The pictures of each request; all grids (n, h, w) of one size are decoded together."""
